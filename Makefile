@@ -1,0 +1,100 @@
+# One environment for everything: .venv. `make` alone lists what there is.
+#
+# Without ROS 2, it comes from Python wheels. With a ROS 2 installation sourced, that one is used.
+
+PYTHON ?= python3
+VENV   := .venv
+PY     := $(VENV)/bin/python
+PIP    := $(PY) -m pip --disable-pip-version-check install --progress-bar off -q
+TORCH  ?= torch==2.13.0
+
+# A sourced installation sets both variables; that PYTHON can import its rclpy is what counts.
+ifneq ($(and $(ROS_DISTRO),$(AMENT_PREFIX_PATH)),)
+INSTALLED_ROS := $(shell $(PYTHON) -c 'import rclpy; print("yes")' 2>/dev/null)
+endif
+
+ifeq ($(INSTALLED_ROS),yes)
+ROS_FROM   := $(ROS_DISTRO)
+EXTRAS     := sim,train,dev
+# Its compiled messages fit one numpy; nothing may bring another.
+EXTRAS_NUMPY := numpy==$(shell $(PYTHON) -c 'import numpy; print(numpy.__version__)')
+VENV_FLAGS := --system-site-packages # the message generators of an installation live there
+# What sourcing a workspace would do: the messages are in .venv, and this checkout goes first.
+export AMENT_PREFIX_PATH := $(CURDIR)/$(VENV):$(AMENT_PREFIX_PATH)
+export LD_LIBRARY_PATH   := $(CURDIR)/$(VENV)/lib:$(LD_LIBRARY_PATH)
+export PYTHONPATH        := $(CURDIR):$(PYTHONPATH)
+else
+ROS_FROM   := wheels
+EXTRAS     := ros,sim,train,dev
+endif
+
+# Simulator, policy and recorder share the cores: waiting threads must sleep, not spin.
+export OMP_WAIT_POLICY := passive
+export MUJOCO_GL ?= osmesa
+
+DEMO_OPTIONS := $(if $(TASK),--task $(TASK)) $(if $(CAMERA),--camera $(CAMERA)) \
+                $(if $(EPISODES),--episodes $(EPISODES)) $(if $(RECIPE),--recipe $(RECIPE)) \
+                $(if $(SEED),--seed $(SEED))
+
+.PHONY: help setup test demo clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo 'make demo    record, train, run live and replay; the report is out/demo/report.html'
+	@echo '             options: TASK=reach-v3 CAMERA=corner2 EPISODES=50 RECIPE=mini_vla SEED=0'
+	@echo 'make test    ruff, mypy and every test'
+	@echo 'make setup   only what both begin with: .venv with ROS 2, the messages, torch, MuJoCo'
+	@echo 'make clean   remove .venv and what was built; out/ stays'
+	@echo 'ROS 2 here:  $(ROS_FROM)'
+
+demo: setup
+	$(VENV)/bin/vla demo $(DEMO_OPTIONS)
+
+# pytest comes last, so that its closing line is the last one.
+test: setup
+	$(PY) -m ruff check
+	$(PY) -m mypy
+	$(PY) -m pytest
+
+setup: $(VENV)/.messages
+
+$(VENV)/.messages: $(VENV)/.packages CMakeLists.txt package.xml $(wildcard msg/*.msg) vla_ros/wheels.py
+	$(PY) -m vla_ros.wheels
+	@touch $@
+
+# torch goes first and alone: the others' demands must not choose its build.
+$(VENV)/.packages: $(VENV)/.python-$(ROS_FROM) pyproject.toml setup.py | $(VENV)/.system
+	@echo 'Installing Python packages (ROS 2: $(ROS_FROM)) …'
+	$(PIP) $(TORCH)
+	$(PIP) -e '.[$(EXTRAS)]' $(EXTRAS_NUMPY)
+	@touch $@
+
+$(VENV)/.python-$(ROS_FROM): | $(VENV)/.system
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 10) <= v <= (3, 12) or sys.exit( \
+	    "error: $(PYTHON) is Python %d.%d; 3.10 to 3.12 is needed: make PYTHON=python3.11" % v)'
+	@for other in $(VENV)/.python-*; do [ ! -e $$other ] || \
+	    { echo "error: .venv was made for ROS 2 from $${other##*-}: make clean first" >&2; exit 1; }; done
+	$(PYTHON) -m venv $(VENV_FLAGS) $(VENV)
+	@touch $@
+
+# What pip cannot bring: a compiler and Python's headers (messages), OSMesa (MuJoCo without a display).
+$(VENV)/.system:
+	@mkdir -p $(VENV)
+	@missing=''; \
+	command -v g++ >/dev/null || missing="$$missing g++"; \
+	$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || missing="$$missing python3-venv"; \
+	$(PYTHON) -c 'import pathlib, sysconfig, sys; \
+	    sys.exit(not pathlib.Path(sysconfig.get_path("include"), "Python.h").is_file())' \
+	    || missing="$$missing python3-dev"; \
+	/sbin/ldconfig -p | grep -q libOSMesa || missing="$$missing libosmesa6"; \
+	if [ -n "$$missing" ]; then \
+	    if [ "$$(id -u)" = 0 ]; then sudo=''; \
+	    elif sudo -n true 2>/dev/null; then sudo=sudo; \
+	    else echo "error: system packages are missing: sudo apt-get install$$missing" >&2; exit 1; fi; \
+	    $$sudo apt-get update -qq && $$sudo apt-get install -y -qq$$missing; \
+	fi
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build install log *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

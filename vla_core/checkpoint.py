@@ -1,0 +1,174 @@
+"""A checkpoint: a folder that is enough to run.
+
+``config.json`` (model, observation, normalization, execution), ``model.safetensors``, ``statistics.json``,
+``tokenizer.json`` and ``contract.yaml``. It is written beside its place and moved there whole; nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from vla_core.config import ConfigError, from_dict, to_dict
+from vla_core.contract import RobotContract
+from vla_core.errors import VlaError
+from vla_core.model.vla.mini_vla import MiniVLA, MiniVLAConfig
+from vla_core.model.vlm.text_encoder import WordTokenizer
+from vla_core.observation.builder import ObservationSpec
+from vla_core.observation.normalizer import Normalization, Normalizer, Statistics
+
+FORMAT = "vla_ros_checkpoint_v1"
+FILES = ("config.json", "model.safetensors", "statistics.json", "tokenizer.json", "contract.yaml")
+
+
+class CheckpointError(VlaError):
+    """A checkpoint that cannot be trusted to run, and what it lacks."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Execution:
+    """How chunks are used: of each the first ``steps`` rows run before the next inference is due."""
+
+    steps: int = 4
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ConfigError(f"steps: expected at least 1, found {self.steps}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyConfig:
+    """``config.json``: all that is needed beside weights, statistics, tokenizer and contract."""
+
+    format: str = FORMAT
+    model: MiniVLAConfig
+    observation: ObservationSpec
+    normalization: Normalization = field(default_factory=Normalization)
+    execution: Execution = field(default_factory=Execution)
+    provenance: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.execution.steps > self.model.horizon:
+            raise ConfigError(f"execution.steps: {self.execution.steps} is more than the horizon "
+                              f"model.horizon: {self.model.horizon}")  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A policy in memory."""
+
+    config: PolicyConfig
+    model: MiniVLA
+    normalizer: Normalizer
+    tokenizer: WordTokenizer
+    contract: RobotContract
+
+    def save(self, path: Path | str) -> None:
+        """Write the folder; an existing checkpoint at ``path`` is replaced once the new one is whole."""
+        path = Path(path)
+        partial = path.with_name(f".{path.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        try:
+            _write_json(partial / "config.json", to_dict(self.config))
+            _write_json(partial / "statistics.json", self.normalizer.statistics)
+            _write_json(partial / "tokenizer.json", self.tokenizer.to_dict())
+            (partial / "contract.yaml").write_text(self.contract.to_yaml(), encoding="utf-8")
+            weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.model.state_dict().items()}
+            save_file(weights, partial / "model.safetensors")
+            _replace(partial, path)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+    @classmethod
+    def load(cls, path: Path | str) -> Checkpoint:
+        """Read a folder strictly; raises :class:`CheckpointError` naming what is missing or does not fit."""
+        path = Path(path)
+        absent = [name for name in FILES if not (path / name).is_file()]
+        if absent:
+            found = ", ".join(sorted(p.name for p in path.iterdir())) if path.is_dir() else "no such folder"
+            raise CheckpointError(f"{path}: not a checkpoint: {', '.join(absent)} missing; found: {found or 'nothing'}")
+        data = _read_json(path / "config.json")
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            found = data.get("format") if isinstance(data, dict) else type(data).__name__
+            raise CheckpointError(f"{path}: config.json has format {found!r}, expected {FORMAT!r}")
+        config = from_dict(PolicyConfig, data, f"{path}/config.json:")
+        contract = RobotContract.load(path / "contract.yaml")
+        statistics: Statistics = _read_json(path / "statistics.json")
+        _check_sizes(path, config, contract, statistics)
+        model = MiniVLA(config.model)
+        _load_weights(model, path / "model.safetensors")
+        return cls(
+            config=config,
+            model=model.eval(),
+            normalizer=Normalizer(config.normalization, statistics),
+            tokenizer=WordTokenizer.from_dict(_read_json(path / "tokenizer.json")),
+            contract=contract,
+        )
+
+
+def fingerprint(path: Path | str) -> str:
+    """First 12 hexadecimal digits of the SHA-256 of the weights: names a checkpoint in diagnostics and reports."""
+    digest = hashlib.sha256((Path(path) / "model.safetensors").read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def _check_sizes(path: Path, config: PolicyConfig, contract: RobotContract, statistics: Statistics) -> None:
+    """Model, contract and statistics must speak of the same numbers."""
+    expected = {
+        "state": (sum(len(contract.stream(name).names) for name in config.observation.state), config.model.state_dim),
+        "action": (len(contract.action.names), config.model.action_dim),
+    }
+    for name, (declared, modelled) in expected.items():
+        if declared != modelled:
+            raise CheckpointError(f"{path}: the contract has {declared} numbers in {name!r}, the model {modelled}")
+        for key, values in statistics.get(name, {}).items():
+            if key != "count" and len(values) != declared:
+                raise CheckpointError(f"{path}: statistics {name}.{key} have {len(values)} entries, not {declared}")
+
+
+def _load_weights(model: torch.nn.Module, path: Path) -> None:
+    try:
+        found = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: damaged: {error}") from None
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    missing = sorted(set(expected) - set(found))
+    extra = sorted(set(found) - set(expected))
+    wrong = [f"{n} {tuple(found[n].shape)} instead of {shape}" for n, shape in expected.items()
+             if n in found and tuple(found[n].shape) != shape]  # fmt: skip
+    if missing or extra or wrong:
+        raise CheckpointError(f"{path}: weights do not fit config.json: missing {missing or 'none'}, "
+                              f"unexpected {extra or 'none'}, of another shape {wrong or 'none'}")  # fmt: skip
+    model.load_state_dict(found, strict=True)
+
+
+def _replace(partial: Path, path: Path) -> None:
+    """Put the whole folder in place; the old one is moved aside first, since folders cannot be swapped portably."""
+    old = path.with_name(f".{path.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if path.exists():
+        os.replace(path, old)
+    os.replace(partial, path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _write_json(path: Path, data: Any) -> None:
+    path.write_text(json.dumps(data, indent=1), encoding="utf-8")
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{path}: not valid JSON: {error}") from None

@@ -1,0 +1,246 @@
+"""rosbag2 bags as folders of MCAP and ``metadata.yaml``: written as they come, read with named errors.
+
+Writing and indexed reading are rosbags' (https://gitlab.com/ternaris/rosbags); salvage of a bag whose recorder was
+killed is the mcap library's. A bag without ``metadata.yaml`` was never closed and is refused as training data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+
+import yaml
+from mcap.exceptions import McapError
+from mcap.reader import NonSeekingReader
+from rosbags.interfaces import Connection, Qos, QosDurability, QosHistory, QosLiveliness, QosReliability, QosTime
+from rosbags.rosbag2 import Reader, ReaderError, StoragePlugin, Writer
+
+from vla_core.contract import NANOSECONDS, RobotContract
+from vla_core.errors import VlaError, choices
+from vla_core.observation.messages import Message, header_stamp_ns, known_type, typestore
+
+FLUSH_BYTES = 64 * 1024
+FLUSH_NS = NANOSECONDS // 2
+CONTRACT_KEY = "vla_contract"
+
+
+class BagError(VlaError):
+    """A bag that cannot be used, and why."""
+
+
+class BagWriter:
+    """One bag being recorded; what was flushed survives a SIGKILL.
+
+    Args:
+        path: folder to create; an existing one is refused.
+        metadata: strings for ``custom_data`` of ``metadata.yaml``, such as the contract.
+    """
+
+    def __init__(self, path: Path | str, metadata: dict[str, str] | None = None) -> None:
+        self.path = Path(path)
+        if self.path.exists():
+            raise BagError(f"{self.path} exists already; a recording never overwrites one")
+        self._writer = Writer(self.path, version=9, storage_plugin=StoragePlugin.MCAP)
+        for key, value in (metadata or {}).items():
+            self.set_metadata(key, value)
+        self._writer.open()
+        self._connections: dict[str, Connection] = {}
+        self._pending_bytes = 0
+        self._flushed_ns = 0
+        self.messages = 0
+
+    def set_metadata(self, key: str, value: str) -> None:
+        """Set an entry of ``custom_data``, written when the bag is closed."""
+        self._writer.set_custom_data(key, value)
+
+    def add_topic(self, topic: str, type_name: str, latched: bool = False) -> None:
+        """Declare a topic; ``latched`` offers transient-local durability to whoever plays the bag."""
+        known_type(type_name)
+        self._connections[topic] = self._writer.add_connection(
+            topic, type_name, typestore=typestore(), offered_qos_profiles=[_reliable_qos(latched)]
+        )
+
+    def write(self, topic: str, receive_ns: int, data: bytes | memoryview) -> None:
+        """Append serialized bytes received at ``receive_ns``."""
+        self._writer.write(self._connections[topic], receive_ns, data)
+        self.messages += 1
+        self._pending_bytes += len(data)
+        if self._pending_bytes > FLUSH_BYTES or abs(receive_ns - self._flushed_ns) > FLUSH_NS:
+            self.flush()
+            self._flushed_ns = receive_ns
+
+    def flush(self) -> None:
+        """Close the open MCAP chunk and hand it to the operating system."""
+        storage = self._writer.storage
+        if storage is not None and self._pending_bytes:
+            storage.close_chunk()  # type: ignore[attr-defined]  # rosbags types the base of its storages only
+            storage.bio.flush()  # type: ignore[attr-defined]
+            self._pending_bytes = 0
+
+    def close(self) -> None:
+        """Write the index and ``metadata.yaml``: from here on the bag is whole."""
+        if self._writer.storage is not None:
+            self._writer.close()
+
+    def abort(self) -> None:
+        """Leave the bag as a killed recorder would: readable, without ``metadata.yaml``."""
+        self.flush()
+        self._writer.abort()
+
+    def __enter__(self) -> BagWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:  # fmt: skip
+        if kind is None:
+            self.close()
+        else:
+            self.abort()
+
+
+@dataclass(frozen=True)
+class BagInfo:
+    """What a bag holds. ``whole`` is False when it was never closed; ``note`` then says what is readable."""
+
+    path: Path
+    whole: bool
+    topics: dict[str, str]
+    counts: dict[str, int]
+    start_ns: int
+    end_ns: int
+    bytes: int
+    metadata: dict[str, str] = field(default_factory=dict)
+    note: str = ""
+
+    @property
+    def contract(self) -> RobotContract:
+        """The contract embedded at recording."""
+        if CONTRACT_KEY not in self.metadata:
+            raise BagError(f"{self.path}: no contract inside (custom_data {CONTRACT_KEY!r}); it has: "
+                           f"{choices(self.metadata)}. Name one with --contract")  # fmt: skip
+        return RobotContract.from_yaml(self.metadata[CONTRACT_KEY], f"contract of {self.path}")
+
+
+def find_bags(paths: list[Path]) -> list[Path]:
+    """Bags at or directly below ``paths``, in the order of their names."""
+    bags: list[Path] = []
+    for path in paths:
+        if not path.is_dir():
+            raise BagError(f"{path}: no such folder; a bag is a folder with metadata.yaml and .mcap or .db3 files")
+        below = [path] if _storage_files(path) else sorted(p for p in path.iterdir() if p.is_dir() and _storage_files(p))
+        if not below:
+            raise BagError(f"{path}: no bag here or in the folders below it")
+        bags += below
+    return bags
+
+
+def info(path: Path | str) -> BagInfo:
+    """Summary of a bag; salvages what is readable when the bag was never closed."""
+    path = Path(path)
+    files = _storage_files(path)
+    if not files:
+        raise BagError(f"{path}: no bag: neither .mcap nor .db3 files inside")
+    size = sum(file.stat().st_size for file in files)
+    if not (path / "metadata.yaml").is_file():
+        return _salvaged_info(path, files, size)
+    with _open(path) as reader:
+        return BagInfo(
+            path=path, whole=True, bytes=size,
+            topics={c.topic: c.msgtype for c in reader.connections},
+            counts={c.topic: c.msgcount for c in reader.connections},
+            start_ns=reader.start_time, end_ns=reader.end_time, metadata=_custom_data(path),
+        )  # fmt: skip
+
+
+def read(path: Path | str, topics: set[str] | None = None) -> Iterator[Message]:
+    """Messages of a whole bag in the order of their receipt; the stamp is the header's, else the time of receipt."""
+    with _open(Path(path)) as reader:
+        wanted = [c for c in reader.connections if topics is None or c.topic in topics]
+        if not wanted:
+            return
+        try:
+            for connection, receive_ns, data in reader.messages(connections=wanted):
+                known = connection.msgtype in typestore().fielddefs
+                stamp = header_stamp_ns(connection.msgtype, data) if known else None
+                stamp_ns = receive_ns if stamp is None else stamp
+                yield Message(connection.topic, connection.msgtype, stamp_ns, bytes(data))
+        except (ReaderError, OSError, EOFError, AssertionError, KeyError) as error:
+            raise BagError(f"{path}: damaged: {error}; `vla inspect` tells what is readable") from None
+
+
+def require_topics(bag: BagInfo, needed: dict[str, str]) -> None:
+    """Raise when a topic of ``needed`` (topic to type) is absent, empty or of another type."""
+    for topic, type_name in needed.items():
+        if topic not in bag.topics:
+            raise BagError(f"{bag.path}: no topic {topic!r} of the contract; the bag has: {choices(bag.topics)}")
+        if bag.topics[topic] != type_name:
+            raise BagError(f"{bag.path}: topic {topic!r} holds {bag.topics[topic]}, the contract says {type_name}")
+        if not bag.counts[topic]:
+            raise BagError(f"{bag.path}: topic {topic!r} has no messages")
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[Reader]:
+    """Open a closed bag, with one-line errors for what is not one."""
+    if not _storage_files(path):
+        raise BagError(f"{path}: no bag: neither .mcap nor .db3 files inside")
+    if not (path / "metadata.yaml").is_file():
+        raise BagError(f"{path}: never closed (no metadata.yaml): its recorder was killed or is still running; "
+                       "`vla inspect` tells what is readable")  # fmt: skip
+    reader = Reader(path)
+    try:
+        reader.open()
+    except (ReaderError, OSError, EOFError, AssertionError, KeyError, ValueError) as error:
+        raise BagError(f"{path}: truncated or damaged: {error}; `vla inspect` tells what is readable") from None
+    try:
+        if not reader.message_count:
+            raise BagError(f"{path}: empty: no messages")
+        yield reader
+    finally:
+        reader.close()
+
+
+def _custom_data(path: Path) -> dict[str, str]:
+    information = yaml.safe_load((path / "metadata.yaml").read_text(encoding="utf-8"))["rosbag2_bagfile_information"]
+    return dict(information.get("custom_data") or {})
+
+
+def _storage_files(path: Path) -> list[Path]:
+    return sorted([*path.glob("*.mcap"), *path.glob("*.db3")]) if path.is_dir() else []
+
+
+def _salvaged_info(path: Path, files: list[Path], size: int) -> BagInfo:
+    """Count what can still be read of a bag without ``metadata.yaml``."""
+    topics: dict[str, str] = {}
+    counts: dict[str, int] = {}
+    start_ns, end_ns = 0, 0
+    for file in files:
+        if file.suffix != ".mcap":
+            continue
+        with file.open("rb") as stream:
+            try:
+                for schema, channel, message in NonSeekingReader(stream).iter_messages(log_time_order=False):
+                    topics[channel.topic] = schema.name if schema else "?"
+                    counts[channel.topic] = counts.get(channel.topic, 0) + 1
+                    start_ns = min(start_ns or message.log_time, message.log_time)
+                    end_ns = max(end_ns, message.log_time)
+            except (McapError, EOFError, ValueError, OSError):
+                pass  # the cut: what came before it has been counted
+    note = (
+        f"never closed (no metadata.yaml): its recorder was killed or is still running; readable up to the last "
+        f"flushed chunk: {sum(counts.values())} messages, {(end_ns - start_ns) / NANOSECONDS:.2f} s"
+    )
+    return BagInfo(path=path, whole=False, topics=topics, counts=counts, start_ns=start_ns, end_ns=end_ns,
+                   bytes=size, note=note)  # fmt: skip
+
+
+def _reliable_qos(latched: bool) -> Qos:
+    """QoS stored with a topic, so that ``ros2 bag play`` offers what the recorded publishers offered."""
+    return Qos(
+        QosHistory.KEEP_LAST, 1 if latched else 10, QosReliability.RELIABLE,
+        QosDurability.TRANSIENT_LOCAL if latched else QosDurability.VOLATILE,
+        QosTime(0, 0), QosTime(0, 0), QosLiveliness.SYSTEM_DEFAULT, QosTime(0, 0), False,
+    )  # fmt: skip

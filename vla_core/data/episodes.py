@@ -1,0 +1,101 @@
+"""From a recorded bag to the ticks of an episode, by replaying its messages through the robot's own buffer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from vla_core.contract import RobotContract
+from vla_core.data import bag as bags
+from vla_core.data.bag import BagError
+from vla_core.observation.builder import Observation, ObservationBuilder, ObservationSpec, Unobserved
+from vla_core.observation.decode import decode_action
+from vla_core.observation.messages import Message, deserialize
+
+EPISODE_TOPIC = "episode"
+EPISODE_TYPE = "vla_ros/msg/Episode"
+EPISODE_STATES = {0: "started", 1: "succeeded", 2: "failed", 3: "aborted"}
+
+
+@dataclass(frozen=True)
+class EpisodeInfo:
+    """What the episode's own marks say."""
+
+    seed: int
+    task: str
+    instruction: str
+    outcome: str
+
+
+@dataclass(frozen=True)
+class Episode:
+    """Ticks of one bag: observations, and the command (N, A) float32 that answered each of them."""
+
+    bag: Path
+    info: EpisodeInfo
+    observations: list[Observation]
+    actions: np.ndarray
+    dropped_ticks: int
+
+
+def replay_ticks(
+    messages: list[Message], contract: RobotContract, builder: ObservationBuilder
+) -> Iterator[tuple[int, Observation | Unobserved]]:
+    """Feed ``messages`` in the order of their stamps and yield what the robot would see at every control tick.
+
+    Ticks start where every stream is there and follow the contract's rate until the messages end.
+    """
+    by_topic = {stream.topic: name for name, stream in builder.streams.items()}
+    feed = sorted((m for m in messages if m.topic in by_topic), key=lambda m: m.stamp_ns)
+    buffer = builder.make_buffer()
+    tick_ns: int | None = None
+    for place, message in enumerate(feed):
+        buffer.add(by_topic[message.topic], message.stamp_ns, message.data)
+        next_ns = feed[place + 1].stamp_ns if place + 1 < len(feed) else message.stamp_ns + contract.step_ns
+        if tick_ns is None and not builder.due(buffer, message.stamp_ns):
+            tick_ns = message.stamp_ns
+        while tick_ns is not None and tick_ns < next_ns:
+            try:
+                yield tick_ns, builder.build(buffer, tick_ns)
+            except Unobserved as unobserved:
+                yield tick_ns, unobserved
+            tick_ns += contract.step_ns
+
+
+def read_episode(path: Path, contract: RobotContract, spec: ObservationSpec) -> Episode:
+    """One episode from one bag; raises :class:`BagError` naming what is absent."""
+    summary = bags.info(path)
+    if not summary.whole:
+        raise BagError(f"{path}: {summary.note}")
+    builder = ObservationBuilder(contract, spec)
+    needed = {stream.topic: stream.type for stream in builder.streams.values()}
+    needed[contract.action.topic] = contract.action.type
+    bags.require_topics(summary, needed)
+
+    messages = list(bags.read(path, set(needed) | {EPISODE_TOPIC}))
+    commands = {m.stamp_ns: m for m in messages if m.topic == contract.action.topic}
+    stamps = np.array(sorted(commands))
+    observations, actions, dropped = [], [], 0
+    for tick_ns, seen in replay_ticks(messages, contract, builder):
+        place = int(np.searchsorted(stamps, tick_ns))
+        answered = place < len(stamps) and stamps[place] < tick_ns + contract.step_ns
+        if isinstance(seen, Unobserved) or not answered:
+            dropped += 1
+            continue
+        observations.append(seen)
+        actions.append(decode_action(contract.action, commands[int(stamps[place])].data))
+    if not observations:
+        raise BagError(f"{path}: no tick has both an observation and a command: {len(stamps)} commands, "
+                       f"{dropped} ticks without")  # fmt: skip
+    return Episode(path, _episode_info(messages), observations, np.asarray(actions, dtype=np.float32), dropped)
+
+
+def _episode_info(messages: list[Message]) -> EpisodeInfo:
+    marks = [deserialize(EPISODE_TYPE, m.data) for m in messages if m.topic == EPISODE_TOPIC]
+    if not marks:  # a bag from elsewhere: its instruction stream still says what was done
+        return EpisodeInfo(seed=-1, task="", instruction="", outcome="unknown")
+    last = marks[-1]
+    return EpisodeInfo(int(last.seed), str(last.task), str(last.instruction), EPISODE_STATES.get(last.state, "unknown"))

@@ -1,0 +1,147 @@
+"""ROS messages as the bytes that travel: CDR in, CDR out, without ROS.
+
+Subscriptions hand over serialized bytes, bags hold the same bytes, and simulators publish bytes made here. One
+decoder therefore serves live, recorded and simulated data. Message definitions are those of ROS 2 Kilted.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from rosbags.typesys import Stores, get_types_from_msg, get_typestore
+from rosbags.typesys.store import Typestore
+
+from vla_core.contract import NANOSECONDS, Action
+from vla_core.errors import VlaError
+from vla_core.resources import share
+
+OWN_MESSAGES = ("ActionChunk", "Episode")
+
+
+class MessageError(VlaError):
+    """A message that is not what its contract says."""
+
+
+@dataclass(frozen=True)
+class Message:
+    """Serialized message: ``stamp_ns`` is its header's stamp, or the time of receipt where it has no header."""
+
+    topic: str
+    type: str
+    stamp_ns: int
+    data: bytes
+
+
+@functools.cache
+def typestore() -> Typestore:
+    """The message types of ROS 2 Kilted and of this package."""
+    store = get_typestore(Stores.ROS2_KILTED)
+    for name in OWN_MESSAGES:
+        text = share(f"msg/{name}.msg").read_text(encoding="utf-8")
+        store.register(get_types_from_msg(text, f"vla_ros/msg/{name}"))
+    return store
+
+
+def known_type(type_name: str) -> None:
+    """Raise when no definition of ``type_name`` is known."""
+    if type_name not in typestore().fielddefs:
+        package = type_name.split("/")[0]
+        near = [name for name in typestore().fielddefs if name.startswith(f"{package}/")]
+        raise MessageError(
+            f"unknown message type {type_name!r}; known in {package!r}: {', '.join(sorted(near)) or '(nothing)'}"
+        )
+
+
+def serialize(type_name: str, message: Any) -> bytes:
+    """CDR bytes, little-endian, with the encapsulation header that rclpy and rosbag2 use."""
+    return bytes(typestore().serialize_cdr(message, type_name))
+
+
+def deserialize(type_name: str, data: bytes | memoryview) -> Any:
+    """Message object whose arrays are views of ``data``; raises :class:`MessageError` when the bytes do not fit."""
+    try:
+        return typestore().deserialize_cdr(data, type_name)
+    except Exception as error:  # rosbags raises several types on malformed bytes, struct.error among them
+        raise MessageError(f"{len(data)} bytes do not decode as {type_name}: {error}") from None
+
+
+@functools.cache
+def has_header(type_name: str) -> bool:
+    """Whether the first field of ``type_name`` is a ``std_msgs/Header``."""
+    known_type(type_name)
+    fields = typestore().fielddefs[type_name][1]
+    return bool(fields) and fields[0][1][1] == "std_msgs/msg/Header"
+
+
+def header_stamp_ns(type_name: str, data: bytes | memoryview) -> int | None:
+    """Stamp of a serialized message with a header, read without decoding the rest; None without a header."""
+    if not has_header(type_name):
+        return None
+    if len(data) < 12:
+        raise MessageError(f"{len(data)} bytes are too few for a {type_name}")
+    order = "little" if data[1] & 1 else "big"
+    seconds = int.from_bytes(data[4:8], order, signed=True)  # type: ignore[arg-type]
+    return seconds * NANOSECONDS + int.from_bytes(data[8:12], order)  # type: ignore[arg-type]
+
+
+def time_message(stamp_ns: int) -> Any:
+    """``builtin_interfaces/Time`` of integer nanoseconds."""
+    seconds, nanoseconds = divmod(stamp_ns, NANOSECONDS)
+    return typestore().types["builtin_interfaces/msg/Time"](sec=seconds, nanosec=nanoseconds)
+
+
+def header(stamp_ns: int, frame_id: str = "") -> Any:
+    """``std_msgs/Header``."""
+    return typestore().types["std_msgs/msg/Header"](stamp=time_message(stamp_ns), frame_id=frame_id)
+
+
+def joint_state(stamp_ns: int, names: tuple[str, ...], field: str, values: np.ndarray, frame_id: str = "") -> bytes:
+    """Serialized ``sensor_msgs/JointState`` with ``values`` (len(names),) in its array ``field``."""
+    arrays = {key: np.zeros(0) for key in ("position", "velocity", "effort")}
+    arrays[field] = np.asarray(values, dtype=np.float64)
+    cls = typestore().types["sensor_msgs/msg/JointState"]
+    return serialize(
+        "sensor_msgs/msg/JointState", cls(header=header(stamp_ns, frame_id), name=list(names), **arrays)
+    )
+
+
+def text(value: str) -> bytes:
+    """Serialized ``std_msgs/String``."""
+    return serialize("std_msgs/msg/String", typestore().types["std_msgs/msg/String"](data=value))
+
+
+def image(stamp_ns: int, pixels: np.ndarray, frame_id: str = "") -> bytes:
+    """Serialized ``sensor_msgs/Image``, rgb8, of ``pixels`` (H, W, 3) uint8 RGB."""
+    height, width, _ = pixels.shape
+    cls = typestore().types["sensor_msgs/msg/Image"]
+    message = cls(
+        header=header(stamp_ns, frame_id), height=height, width=width, encoding="rgb8", is_bigendian=0,
+        step=3 * width, data=np.ascontiguousarray(pixels).reshape(-1),
+    )  # fmt: skip
+    return serialize("sensor_msgs/msg/Image", message)
+
+
+def compressed_image(stamp_ns: int, encoded: np.ndarray, format: str, frame_id: str = "") -> bytes:
+    """Serialized ``sensor_msgs/CompressedImage`` of ``encoded`` (bytes,) uint8."""
+    cls = typestore().types["sensor_msgs/msg/CompressedImage"]
+    message = cls(header=header(stamp_ns, frame_id), format=format, data=encoded.reshape(-1))
+    return serialize("sensor_msgs/msg/CompressedImage", message)
+
+
+def command(action: Action, stamp_ns: int, values: np.ndarray) -> bytes:
+    """Serialized command of ``values`` (len(action.names),) in the contract's units.
+
+    A non-finite value drops the whole command with a :class:`MessageError`: half a command is none.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    if values.shape != (len(action.names),):
+        raise MessageError(f"command has shape {values.shape}, expected ({len(action.names)},): {list(action.names)}")
+    if not np.isfinite(values).all():
+        bad = [name for name, value in zip(action.names, values, strict=True) if not np.isfinite(value)]
+        raise MessageError(f"command dropped: {', '.join(bad)} not finite")
+    if action.type != "sensor_msgs/msg/JointState":
+        raise MessageError(f"commands of type {action.type!r} cannot be written; choices: sensor_msgs/msg/JointState")
+    return joint_state(stamp_ns, action.names, action.field, values, action.frame_id)

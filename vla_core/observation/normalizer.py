@@ -1,0 +1,79 @@
+"""Normalization and its inverse from one object, whose statistics travel with the weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from vla_core.errors import VlaError, choices
+
+Mode = Literal["mean_std", "min_max", "none"]
+Statistics = dict[str, dict[str, list[float]]]
+
+REQUIRED = {"mean_std": ("mean", "std"), "min_max": ("min", "max"), "none": ()}
+
+class StatisticsError(VlaError):
+    """Statistics that a policy needs and does not have."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Normalization:
+    """How each feature is normalized: ``mean_std`` to zero mean and unit deviation, ``min_max`` to [-1, 1].
+
+    ``floor`` is the smallest scale, in the feature's own units: an entry that hardly moved in the data is not blown
+    up, so that a robot that strays from it does not drive the model far outside what it has seen.
+    """
+
+    state: Mode = "mean_std"
+    action: Mode = "min_max"
+    floor: float = 0.01
+
+
+def compute_statistics(values: np.ndarray) -> dict[str, list[float]]:
+    """Statistics of ``values`` (N, D) per entry: min, max, mean, std, count, q01, q99 (the names LeRobot uses)."""
+    values = values.astype(np.float64)
+    if len(values) == 0 or not np.isfinite(values).all():
+        raise StatisticsError(f"statistics need finite data, found {len(values)} rows of which "
+                              f"{int((~np.isfinite(values)).any(-1).sum())} are not finite")  # fmt: skip
+    return {
+        "min": values.min(0).tolist(), "max": values.max(0).tolist(),
+        "mean": values.mean(0).tolist(), "std": values.std(0).tolist(), "count": [float(len(values))],
+        "q01": np.quantile(values, 0.01, axis=0).tolist(), "q99": np.quantile(values, 0.99, axis=0).tolist(),
+    }  # fmt: skip
+
+
+class Normalizer:
+    """``normalize`` and ``unnormalize`` of the features ``state`` and ``action``; arrays end in the feature's axis."""
+
+    def __init__(self, modes: Normalization, statistics: Statistics) -> None:
+        self.modes = modes
+        self.statistics = statistics
+        self._affine = {name: self._fit(name, getattr(modes, name)) for name in ("state", "action")}
+
+    def normalize(self, name: str, values: np.ndarray) -> np.ndarray:
+        """Physical units to model units, float32."""
+        shift, scale = self._affine[name]
+        return ((values.astype(np.float64) - shift) / scale).astype(np.float32)
+
+    def unnormalize(self, name: str, values: np.ndarray) -> np.ndarray:
+        """Model units to physical units, float64."""
+        shift, scale = self._affine[name]
+        return values.astype(np.float64) * scale + shift
+
+    def _fit(self, name: str, mode: Mode) -> tuple[np.ndarray, np.ndarray]:
+        if mode == "none":
+            return np.zeros(1), np.ones(1)
+        if name not in self.statistics:
+            raise StatisticsError(f"no statistics for {name!r}; the checkpoint has: {choices(self.statistics)}")
+        found = self.statistics[name]
+        absent = [key for key in REQUIRED[mode] if key not in found]
+        if absent:
+            raise StatisticsError(f"statistics of {name!r} lack {', '.join(absent)} for {mode}; it has: {choices(found)}")
+        if mode == "mean_std":
+            shift, scale = np.asarray(found["mean"]), np.asarray(found["std"])
+        else:
+            low, high = np.asarray(found["min"]), np.asarray(found["max"])
+            shift, scale = (high + low) / 2, (high - low) / 2
+        return shift, np.maximum(scale, self.modes.floor)

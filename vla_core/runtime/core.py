@@ -1,0 +1,87 @@
+"""The policy node without ROS: messages in, commands out. The live node, the evaluator and the replay all drive it."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+
+from vla_core.observation.builder import Observation, ObservationBuilder
+from vla_core.observation.messages import header_stamp_ns
+from vla_core.runtime.chunk_executor import ActionChunk, ChunkExecutor
+from vla_core.runtime.policy import Policy
+
+
+@dataclass(frozen=True)
+class Command:
+    """Values (A,) in the contract's units and limits for the tick ``stamp_ns``."""
+
+    stamp_ns: int
+    values: np.ndarray
+    chunk: ActionChunk
+
+
+class PolicyCore:
+    """Memory buffer, observation builder, policy and chunk executor, wired once.
+
+    ``add`` may be called from another thread than ``infer``.
+    """
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+        self.contract = policy.contract
+        self.builder = ObservationBuilder(policy.contract, policy.spec)
+        self.buffer = self.builder.make_buffer()
+        self.executor = ChunkExecutor(policy.checkpoint.config.execution.steps)
+        self.inference_ms: list[float] = []
+        self.last_observation: Observation | None = None
+        self._low = np.asarray(policy.contract.action.low)
+        self._high = np.asarray(policy.contract.action.high)
+
+    def add(self, name: str, data: bytes, receive_ns: int) -> int:
+        """Store a message of stream ``name``; returns its stamp: the header's, or ``receive_ns`` without one."""
+        stamp = header_stamp_ns(self.builder.streams[name].type, data)
+        stamp_ns = receive_ns if stamp is None else stamp
+        self.buffer.add(name, stamp_ns, data)
+        return stamp_ns
+
+    def start_episode(self, stamp_ns: int) -> None:
+        """Forget the past: what was seen before ``stamp_ns`` and what was planned from it."""
+        self.buffer.start_episode(stamp_ns)
+        self.executor.clear()
+
+    def infer(self, at_ns: int) -> ActionChunk:
+        """Observe and predict at ``at_ns``; raises ``Unobserved`` when a stream is missing or stale."""
+        observation = self.builder.build(self.buffer, at_ns)
+        start = time.perf_counter()
+        chunk = self.policy.predict(observation)
+        self.inference_ms.append(1e3 * (time.perf_counter() - start))
+        self.last_observation = observation
+        self.executor.push(chunk)
+        return chunk
+
+    def command(self, at_ns: int) -> Command | None:
+        """The command for ``at_ns``, held to the contract's limits; None when no chunk covers it."""
+        found = self.executor.action(at_ns)
+        if found is None:
+            return None
+        values, chunk = found
+        return Command(at_ns, np.clip(values, self._low, self._high), chunk)
+
+    def step(self, at_ns: int) -> Command:
+        """Observe, predict when due, and act: the synchronous loop of lockstep and evaluation."""
+        if self.executor.due(at_ns):
+            self.infer(at_ns)
+        command = self.command(at_ns)
+        assert command is not None, "a chunk computed at this tick covers it"
+        return command
+
+    def warm_up(self) -> None:
+        """Run the model on an empty observation, so that the first real one does not pay for start-up."""
+        spec = self.policy.spec
+        size = sum(len(self.builder.streams[name].names) for name in spec.state)
+        images = {n: np.zeros((s.height, s.width, 3), dtype=np.uint8) for n, s in spec.images.items()}
+        blank = Observation(0, images, np.zeros(size, dtype=np.float32), "", {})
+        for _ in range(3):
+            self.policy.predict(blank)

@@ -1,0 +1,47 @@
+"""A checkpoint that answers observations with chunks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from vla_core.checkpoint import Checkpoint
+from vla_core.errors import VlaError
+from vla_core.observation.batch import collate
+from vla_core.observation.builder import Observation
+from vla_core.runtime.chunk_executor import ActionChunk
+
+
+class PolicyError(VlaError):
+    """A prediction that must not reach a robot."""
+
+
+class Policy:
+    """Observation in, chunk of actions in the contract's units out.
+
+    Sampling noise is drawn from ``seed`` and the observation's stamp, so that a replayed observation gives the
+    chunk that the robot got.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, seed: int = 0) -> None:
+        self.checkpoint = checkpoint
+        self.contract = checkpoint.contract
+        self.spec = checkpoint.config.observation
+        self.seed = seed
+
+    @classmethod
+    def load(cls, path: Path | str, seed: int = 0) -> Policy:
+        """Load a checkpoint folder."""
+        return cls(Checkpoint.load(path), seed)
+
+    @torch.inference_mode()
+    def predict(self, observation: Observation) -> ActionChunk:
+        """The chunk for one observation; raises :class:`PolicyError` when it is not finite."""
+        inputs = collate([observation], self.checkpoint.normalizer, self.checkpoint.tokenizer)
+        generator = torch.Generator().manual_seed((self.seed << 32) ^ (observation.stamp_ns & 0x7FFFFFFFFFFF))
+        normalized = self.checkpoint.model.predict(inputs, generator)[0].numpy()  # (H, A)
+        actions = self.checkpoint.normalizer.unnormalize("action", normalized)
+        if not torch.isfinite(torch.from_numpy(actions)).all():
+            raise PolicyError(f"the policy predicted a non-finite action at stamp {observation.stamp_ns}")
+        return ActionChunk(observation.stamp_ns, self.contract.step_ns, actions)

@@ -1,0 +1,185 @@
+"""Meta-World in MuJoCo as a robot: it emits the messages of a contract and obeys its commands.
+
+One control step is one environment step, 12.5 ms (80 Hz). The action is the velocity of the hand (Meta-World moves
+its mocap body by 1 cm a step at full action: 0.8 m/s) and the effort of the gripper in [-1, 1].
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import warnings
+from typing import Any
+
+import numpy as np
+
+from vla_core.contract import RobotContract
+from vla_core.errors import VlaError, choices
+from vla_core.observation import messages
+from vla_core.observation.image import encode_jpeg
+from vla_core.observation.messages import Message
+
+FULL_SPEED = 0.8  # m/s, 1 cm (action_scale) in 12.5 ms
+FRAME = "base"
+VECTOR = "sensor_msgs/msg/JointState"
+STATE_SIZE = 39
+HAND_SIZE = 4
+
+# Meta-World defines these upside down.
+ROTATED_CAMERAS = ("corner", "corner2", "corner3", "corner4")
+
+INSTRUCTIONS = {
+    "button-press-topdown-v3": "press the button from the top",
+    "door-open-v3": "open the door",
+    "drawer-close-v3": "close the drawer",
+    "drawer-open-v3": "open the drawer",
+    "peg-insert-side-v3": "insert the peg into the hole",
+    "pick-place-v3": "pick up the puck and place it at the goal",
+    "push-v3": "push the puck to the goal",
+    "reach-v3": "reach the goal",
+    "window-close-v3": "close the window",
+    "window-open-v3": "open the window",
+}
+
+
+class SimulationError(VlaError):
+    """An unknown task or camera, or a missing simulator."""
+
+
+def instruction_for(task: str) -> str:
+    """The task in words; for tasks without a sentence of their own, the words of their name."""
+    return INSTRUCTIONS.get(task, task.removesuffix("-v3").replace("-", " "))
+
+
+@functools.cache
+def _libraries() -> tuple[Any, Any, Any]:
+    """mujoco, and Meta-World's environments and experts; imported where they are needed."""
+    os.environ.setdefault("MUJOCO_GL", "osmesa")  # software rendering: no display and no GPU needed
+    # One rasterizer thread: with a policy on the other core, more of them only wait for one another.
+    os.environ.setdefault("LP_NUM_THREADS", "1")
+    try:
+        import mujoco
+        from metaworld.env_dict import ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE
+        from metaworld.policies import ENV_POLICY_MAP
+    except ImportError as error:
+        raise SimulationError(f"Meta-World cannot be imported ({error}); install the extra: pip install '.[sim]'") from None
+    return mujoco, ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE, ENV_POLICY_MAP
+
+
+class MetaWorld:
+    """One task with one camera.
+
+    Args:
+        task: such as ``push-v3``.
+        camera: one of the task's cameras, such as ``corner2``.
+        contract: names the topics that messages go to; must ask for nothing that Meta-World does not have.
+        camera_size: rendered height and width, pixels.
+        black_camera: publish black images: what is a policy's success without sight?
+    """
+
+    def __init__(self, task: str, camera: str, contract: RobotContract, camera_size: int = 128,
+                 black_camera: bool = False) -> None:  # fmt: skip
+        mujoco, environments, experts = _libraries()
+        if task not in experts:
+            raise SimulationError(f"unknown task {task!r}; choices: {choices(experts)}")
+        self.task, self.camera, self.contract = task, camera, contract
+        self._env = environments[f"{task}-goal-observable"](seed=0)
+        # Meta-World draws object positions from the seeded generator only with both of these.
+        self._env._freeze_rand_vec = False
+        self._env.seeded_rand_vec = True
+        self._new_expert = experts[task]
+        model = self._env.model
+        cameras = [model.camera(i).name for i in range(model.ncam)]
+        if camera not in cameras:
+            raise SimulationError(f"unknown camera {camera!r}; choices: {choices(cameras)}")
+        model.vis.quality.offsamples = 0
+        self._renderer = mujoco.Renderer(model, camera_size, camera_size)
+        # Shadow maps of 4096 pixels cost ten times the rest of the picture.
+        self._renderer.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = 0
+        self._renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
+        self._black = black_camera
+        self._joint_names = contract.observations["joints"].names if "joints" in contract.observations else ()
+        camera_hz = next((s.rate_hz for s in contract.observations.values() if "Image" in s.type), contract.rate_hz)
+        self.steps_per_frame = max(1, round(contract.rate_hz / (camera_hz or contract.rate_hz)))
+        self._state = np.zeros(STATE_SIZE)
+        self.success = False
+        self._check_vectors()
+
+    def reset(self, seed: int) -> None:
+        """Start an episode; the same seed gives the same episode."""
+        self._env.seed(seed)
+        self._expert = self._new_expert()
+        self._state, _ = self._env.reset()
+        self.success = False
+
+    def expert(self) -> np.ndarray:
+        """The scripted expert's command (4,), in the contract's units and limits."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it warns that its gains are clipped, which is what they are made for
+            action = self._expert.get_action(self._state)
+        return np.clip(action, -1.0, 1.0) * _scale()
+
+    def step(self, command: np.ndarray) -> None:
+        """Obey a command (4,) for one control step."""
+        action = np.clip(np.asarray(command, dtype=np.float64) / _scale(), -1.0, 1.0)
+        self._state, _, _, _, details = self._env.step(action.astype(np.float32))
+        self.success = self.success or bool(details["success"])
+
+    def render(self) -> np.ndarray:
+        """The camera's picture, (H, W, 3) uint8 RGB."""
+        self._renderer.update_scene(self._env.data, camera=self.camera)
+        pixels = self._renderer.render()
+        return np.ascontiguousarray(pixels[::-1, ::-1] if self.camera in ROTATED_CAMERAS else pixels)
+
+    def observe_state(self, stamp_ns: int) -> list[Message]:
+        """The numeric streams of the contract at ``stamp_ns``."""
+        vectors = self._vectors()
+        return [
+            Message(stream.topic, stream.type, stamp_ns,
+                    messages.joint_state(stamp_ns, stream.names, "position", vectors[name], FRAME))
+            for name, stream in self.contract.observations.items() if stream.type == VECTOR
+        ]  # fmt: skip
+
+    def observe_camera(self, stamp_ns: int) -> list[Message]:
+        """The camera streams of the contract at ``stamp_ns``."""
+        pixels = self.render()
+        if self._black:
+            pixels = np.zeros_like(pixels)
+        out = []
+        for stream in self.contract.observations.values():
+            if stream.type == "sensor_msgs/msg/CompressedImage":
+                data = messages.compressed_image(stamp_ns, encode_jpeg(pixels), "rgb8; jpeg compressed", self.camera)
+            elif stream.type == "sensor_msgs/msg/Image":
+                data = messages.image(stamp_ns, pixels, self.camera)
+            else:
+                continue
+            out.append(Message(stream.topic, stream.type, stamp_ns, data))
+        return out
+
+    def close(self) -> None:
+        """Free the renderer."""
+        self._renderer.close()
+
+    def _vectors(self) -> dict[str, np.ndarray]:
+        """What Meta-World can tell: its 39 numbers, hand position and gripper opening alone, and the arm's joints."""
+        data = self._env.data
+        joints = np.array([float(data.joint(name).qpos[0]) for name in self._joint_names])
+        return {"state": self._state, "hand": self._state[:HAND_SIZE], "joints": joints}
+
+    def _check_vectors(self) -> None:
+        """The contract's numeric streams must be ones that Meta-World has, with as many names as it has numbers."""
+        vectors = self._vectors()
+        for name, stream in self.contract.observations.items():
+            if stream.type != VECTOR:
+                continue
+            if name not in vectors:
+                raise SimulationError(f"contract {self.contract.name!r}: Meta-World has no {name!r}; "
+                                      f"choices: {choices(vectors)}")  # fmt: skip
+            if len(stream.names) != len(vectors[name]):
+                raise SimulationError(f"contract {self.contract.name!r}: {name!r} has {len(stream.names)} names, "
+                                      f"Meta-World has {len(vectors[name])} numbers")  # fmt: skip
+
+
+def _scale() -> np.ndarray:
+    """Full action (4,) in the contract's units: m/s, m/s, m/s and gripper effort."""
+    return np.array([FULL_SPEED, FULL_SPEED, FULL_SPEED, 1.0])
