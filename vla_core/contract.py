@@ -29,7 +29,8 @@ class Stream:
 
     ``type`` is a ROS type name such as ``sensor_msgs/msg/JointState``; ``names`` are the entries taken from the
     message, in this order, from its array ``field``. ``rate_hz`` is the rate that the sensor is expected to keep.
-    A ``latched`` stream (an instruction) has no rate: its newest value holds until replaced.
+    A ``latched`` stream (an instruction) has no rate: its newest value holds until replaced. ``best_effort`` also
+    receives from reliable publishers; ``reliable`` asks for every message and refuses best-effort publishers.
     """
 
     topic: str
@@ -37,6 +38,7 @@ class Stream:
     rate_hz: float | None = None
     max_age_s: float | None = None
     latched: bool = False
+    reliability: Literal["best_effort", "reliable"] = "best_effort"
     frame_id: str | None = None
     field: str | None = None
     names: tuple[str, ...] = ()

@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import importlib.util
 import os
+import selectors
 import signal
 import subprocess
 import sys
@@ -103,26 +104,30 @@ def ros_arguments(node: Node, folder: Path) -> list[str]:
     return arguments
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class _Running:
     node: Node
     process: subprocess.Popen[bytes]
-    reader: threading.Thread
+    unfinished: bytes = b""  # the start of a line whose end has not come yet
 
 
 class _Supervisor:
-    """The processes of one graph, from the first start to the last exit."""
+    """The processes of one graph, from the first start to the last exit.
+
+    All of it in one thread: the kernel signals a child at the end of every thread of its parent
+    (see `_end_with_parent`), and a node is to be told once.
+    """
 
     def __init__(self, write: Callable[[str], None], stop: threading.Event, grace: Grace) -> None:
         self.status = 0
         self._write = write
-        self._write_lock = threading.Lock()
         self._stop = stop
         self._grace = grace
         self._signal = signal.SIGINT
         self._signals_seen = 0
         self._running: list[_Running] = []
         self._ended: set[int] = set()
+        self._output = selectors.DefaultSelector()
 
     @contextlib.contextmanager
     def signals(self) -> Iterator[None]:
@@ -156,22 +161,33 @@ class _Supervisor:
             start_new_session=True,
             preexec_fn=_end_with_parent(),
         )
-        reader = threading.Thread(target=self._pass_on, args=(node.name, process), daemon=True)
-        reader.start()
-        self._running.append(_Running(node, process, reader))
-
-    def _pass_on(self, name: str, process: subprocess.Popen[bytes]) -> None:
         assert process.stdout is not None
-        for line in process.stdout:
-            self._say(name, line.decode(errors="replace").rstrip("\r\n"))
+        running = _Running(node, process)
+        self._running.append(running)
+        self._output.register(process.stdout, selectors.EVENT_READ, running)
+
+    def _pass_on(self, patience_s: float) -> bool:
+        """Pass on what the nodes have written within `patience_s`; false when it was nothing."""
+        ready = self._output.select(patience_s)
+        if not self._output.get_map():
+            time.sleep(patience_s)  # every pipe is closed already, so nothing has been waited for
+        for key, _ in ready:
+            running: _Running = key.data
+            chunk = os.read(key.fd, 65536)
+            *lines, running.unfinished = (running.unfinished + chunk).split(b"\n")
+            if not chunk:
+                self._output.unregister(key.fileobj)
+                lines += [running.unfinished] if running.unfinished else []
+            for line in lines:
+                self._say(running.node.name, line.decode(errors="replace").rstrip("\r"))
+        return bool(ready)
 
     def _say(self, name: str, text: str) -> None:
-        with self._write_lock:
-            try:
-                self._write(f"[{name}] {text}")
-            except BrokenPipeError:
-                # Nobody reads any more. The nodes' pipes must still be drained while they stop.
-                self._stop.set()
+        try:
+            self._write(f"[{name}] {text}")
+        except BrokenPipeError:
+            # Nobody reads any more. The nodes' pipes must still be drained while they stop.
+            self._stop.set()
 
     def watch(self) -> None:
         """Wait until a node's end or a stop ends the graph."""
@@ -192,7 +208,7 @@ class _Supervisor:
                     return
             if len(self._ended) == len(self._running):
                 return
-            self._stop.wait(POLL_S)
+            self._pass_on(POLL_S)
 
     def stop_all(self) -> None:
         """Signal the nodes, wait, signal harder; afterwards none is alive."""
@@ -214,11 +230,13 @@ class _Supervisor:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(running.process.pid, number)
             self._wait(patience_s)
+        # What is still in the pipes; a grandchild that holds one open must not hold this process.
+        while self._pass_on(0.0):
+            pass
+        self._output.close()
         for running in self._running:
-            # A grandchild that holds the pipe open must not hold this process.
-            running.reader.join(timeout=1.0)
-            if not running.reader.is_alive() and running.process.stdout is not None:
-                running.process.stdout.close()
+            assert running.process.stdout is not None
+            running.process.stdout.close()
         for running in self._newly_ended():
             if running.process.returncode not in (0, -signal.SIGINT, -signal.SIGTERM):
                 code = running.process.returncode
@@ -231,7 +249,7 @@ class _Supervisor:
         while self._alive() and (deadline is None or time.monotonic() < deadline):
             if deadline is not None and self._signals_seen > seen:
                 return  # a second Ctrl-C: the caller will not wait any longer
-            time.sleep(POLL_S)
+            self._pass_on(POLL_S)
 
     def _alive(self) -> list[_Running]:
         return [running for running in self._running if running.process.poll() is None]

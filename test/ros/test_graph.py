@@ -103,7 +103,7 @@ def test_arguments_that_do_not_fit(tmp_path: Path, given: dict[str, str], messag
         (
             "name: policy",
             "nmae: policy",
-            r"graph.yaml: nodes\[0\].nmae: unknown key; choices: .*name",
+            r"graph.yaml: nodes\[0\].nmae: unknown key; choices: .*",
         ),
         ("executable: policy_node", "required: true", r"nodes\[0\].executable: missing"),
         ("- limits.yaml", "- 3", r"nodes\[0\].parameters\[0\]: expected str or dict"),
@@ -143,6 +143,5 @@ def test_a_parameter_file_that_is_not_there(tmp_path: Path) -> None:
 def test_the_graphs_that_are_shipped_resolve() -> None:
     for path in sorted(share("config/graphs").glob("*.yaml")):
         graph = load_graph(path)
-        assert resolve(
-            graph, {name: "x" for name, a in graph.arguments.items() if a.default is None}
-        )
+        required = [name for name, a in graph.arguments.items() if a.default is None]
+        assert resolve(graph, dict.fromkeys(required, "x"))

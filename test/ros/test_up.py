@@ -189,10 +189,10 @@ def test_nodes_are_stopped_when_nobody_reads_the_output(programs: Programs) -> N
 
 
 @pytest.fixture
-def supervisor(programs: Programs) -> Callable[[str], subprocess.Popen[bytes]]:
+def supervisor(programs: Programs) -> Callable[[], subprocess.Popen[bytes]]:
     """Runs a graph of two patient nodes in a process of its own, as a terminal would."""
 
-    def start(_: str = "") -> subprocess.Popen[bytes]:
+    def start() -> subprocess.Popen[bytes]:
         for name in ("policy", "simulator"):
             programs.add(name, PATIENT)
         main = f"""
@@ -201,8 +201,9 @@ def supervisor(programs: Programs) -> Callable[[str], subprocess.Popen[bytes]]:
             from vla_ros.up import run_graph
             names = ("policy", "simulator")
             graph = Graph(nodes=tuple(Node(executable=name, name=name) for name in names))
-            folder = {str(programs.folder)!r}
-            sys.exit(run_graph(graph, {{}}, command=lambda n: [sys.executable, f"{{folder}}/{{n.name}}.py"]))
+            def command(node):
+                return [sys.executable, {str(programs.folder)!r} + f"/{{node.name}}.py"]
+            sys.exit(run_graph(graph, {{}}, command=command))
         """
         process = subprocess.Popen(
             [sys.executable, "-c", textwrap.dedent(main)], start_new_session=True
@@ -310,7 +311,7 @@ def test_the_command_line(tmp_path: Path) -> None:
     parser = argparse.ArgumentParser()
     add_command(parser.add_subparsers())
     parsed = parser.parse_args(["up", str(path), "seed=two"])
-    with pytest.raises(ConfigError, match="argument seed: found 'two', expected .* type int"):
+    with pytest.raises(ConfigError, match=r"argument seed: found 'two', expected .* type int"):
         parsed.run(parsed)
 
 

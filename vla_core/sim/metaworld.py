@@ -103,6 +103,7 @@ class MetaWorld:
         self.steps_per_frame = max(1, round(contract.rate_hz / (camera_hz or contract.rate_hz)))
         self._state = np.zeros(STATE_SIZE)
         self.success = False
+        self.last_frame = np.zeros((camera_size, camera_size, 3), dtype=np.uint8)
         self._check_vectors()
 
     def reset(self, seed: int) -> None:
@@ -142,7 +143,7 @@ class MetaWorld:
 
     def observe_camera(self, stamp_ns: int) -> list[Message]:
         """The camera streams of the contract at ``stamp_ns``."""
-        pixels = self.render()
+        pixels = self.last_frame = self.render()
         if self._black:
             pixels = np.zeros_like(pixels)
         out = []

@@ -1,0 +1,98 @@
+"""Train/deploy parity: what a live policy was given, against what its recorded bag gives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from vla_core.data import bag as bags
+from vla_core.errors import VlaError
+from vla_core.observation.batch import collate
+from vla_core.observation.builder import Observation, Unobserved
+from vla_core.runtime.chunk_executor import ActionChunk
+from vla_core.runtime.core import PolicyCore
+from vla_core.runtime.policy import Policy
+
+MAX_ENTRIES = 500
+
+
+class ParityError(VlaError):
+    """Nothing to compare."""
+
+
+class InputLog:
+    """The first ``MAX_ENTRIES`` observations and chunks of a run, in memory until saved."""
+
+    def __init__(self) -> None:
+        self._entries: list[tuple[Observation, ActionChunk]] = []
+
+    def add(self, observation: Observation, chunk: ActionChunk) -> None:
+        """Keep one inference."""
+        if len(self._entries) < MAX_ENTRIES:
+            self._entries.append((observation, chunk))
+
+    def save(self, path: Path, policy: Policy) -> None:
+        """Write stamps, model inputs and chunks as one safetensors file; nothing when there was no inference."""
+        if self._entries:
+            save_file(_arrays(policy, self._entries), path)
+
+
+@dataclass(frozen=True)
+class Parity:
+    """Largest absolute difference over all model inputs, and over all chunks, of ``compared`` inferences."""
+
+    compared: int
+    inputs_max_abs_diff: float
+    chunks_max_abs_diff: float
+
+
+def compare(log: Path, bag: Path, policy: Policy) -> Parity:
+    """Rebuild from ``bag`` every logged model input whose stamp lies in it, and compare bit by bit."""
+    if not log.is_file():
+        raise ParityError(f"{log}: the live run wrote no model inputs")
+    live = load_file(log)
+    core = PolicyCore(policy)
+    summary = bags.info(bag)
+    by_topic = {stream.topic: name for name, stream in core.builder.streams.items()}
+    bags.require_topics(summary, {s.topic: s.type for s in core.builder.streams.values()})
+    messages = sorted(bags.read(bag, set(by_topic)), key=lambda m: m.stamp_ns)
+    entries: list[tuple[Observation, ActionChunk]] = []
+    rows, fed = [], 0
+    for row, stamp_ns in enumerate(live["stamp_ns"].tolist()):
+        while fed < len(messages) and messages[fed].stamp_ns <= stamp_ns:
+            core.buffer.add(by_topic[messages[fed].topic], messages[fed].stamp_ns, messages[fed].data)
+            fed += 1
+        if fed == 0 or (fed == len(messages) and messages[-1].stamp_ns < stamp_ns):
+            continue  # before or after this bag
+        try:
+            observation = core.builder.build(core.buffer, stamp_ns)
+        except Unobserved:
+            continue
+        entries.append((observation, policy.predict(observation)))
+        rows.append(row)
+    if not entries:
+        raise ParityError(f"{bag}: none of the {len(live['stamp_ns'])} logged stamps lies in this bag")
+    replayed = _arrays(policy, entries)
+    differences = {name: _max_abs_diff(live[name][rows], replayed[name]) for name in replayed}
+    chunks = differences.pop("chunk")
+    return Parity(len(rows), max(differences.values()), chunks)
+
+
+def _max_abs_diff(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.abs(a.astype(np.float64) - b.astype(np.float64)).max(initial=0.0))
+
+
+def _arrays(policy: Policy, entries: list[tuple[Observation, ActionChunk]]) -> dict[str, np.ndarray]:
+    """Over N inferences: ``stamp_ns`` (N,), ``chunk`` (N, H, A), and every tensor that the model saw."""
+    checkpoint = policy.checkpoint
+    inputs = collate([observation for observation, _ in entries], checkpoint.normalizer, checkpoint.tokenizer)
+    return {
+        "stamp_ns": np.array([observation.stamp_ns for observation, _ in entries], dtype=np.int64),
+        "chunk": np.stack([chunk.actions for _, chunk in entries]),
+        "state": inputs.state.numpy(),
+        "tokens": inputs.tokens.numpy(),
+        **{f"image.{name}": pixels.numpy() for name, pixels in inputs.images.items()},
+    }

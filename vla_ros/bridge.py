@@ -1,0 +1,71 @@
+"""Between a contract and rclpy: message classes, QoS, raw subscriptions and publishers of serialized messages."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+from rclpy.node import Node
+from rclpy.publisher import Publisher
+from rclpy.qos import DurabilityPolicy, HistoryPolicy, QoSProfile, ReliabilityPolicy
+from rclpy.subscription import Subscription
+
+from vla_core.contract import RobotContract, Stream
+from vla_core.data.episodes import EPISODE_TOPIC
+from vla_core.errors import VlaError
+from vla_ros.msg import Episode
+
+CHUNK_TOPIC = "action_chunk"
+COMMAND_QOS = QoSProfile(depth=100, reliability=ReliabilityPolicy.RELIABLE)
+EPISODE_QOS = QoSProfile(
+    depth=10, reliability=ReliabilityPolicy.RELIABLE, durability=DurabilityPolicy.TRANSIENT_LOCAL
+)
+
+
+def message_class(type_name: str) -> Any:
+    """The Python class of a ROS type such as ``sensor_msgs/msg/JointState``."""
+    package, _, name = type_name.partition("/msg/")
+    try:
+        return getattr(importlib.import_module(f"{package}.msg"), name)
+    except (ImportError, AttributeError):
+        raise VlaError(f"message type {type_name!r} is not installed; install the package {package!r}") from None
+
+
+def stream_qos(stream: Stream, depth: int = 10) -> QoSProfile:
+    """QoS of a contract stream; a latched one is transient-local, so that late joiners get its value."""
+    if stream.latched:
+        return QoSProfile(
+            depth=1, reliability=ReliabilityPolicy.RELIABLE, durability=DurabilityPolicy.TRANSIENT_LOCAL
+        )
+    reliable = stream.reliability == "reliable"
+    return QoSProfile(
+        depth=depth,
+        history=HistoryPolicy.KEEP_LAST,
+        reliability=ReliabilityPolicy.RELIABLE if reliable else ReliabilityPolicy.BEST_EFFORT,
+    )
+
+
+def subscribe_stream(node: Node, stream: Stream, callback: Callable[[bytes], None], depth: int = 10) -> Subscription:
+    """Subscribe to the serialized messages of a stream: callbacks store bytes, decoding comes later."""
+    return node.create_subscription(
+        message_class(stream.type), stream.topic, callback, stream_qos(stream, depth), raw=True
+    )
+
+
+def subscribe_episodes(node: Node, callback: Callable[[Any], None]) -> Subscription:
+    """Subscribe to the borders of episodes. Create it last: its presence tells that the others are there."""
+    return node.create_subscription(Episode, EPISODE_TOPIC, callback, EPISODE_QOS)
+
+
+def publish_streams(node: Node, contract: RobotContract, depth: int) -> dict[str, Publisher]:
+    """A publisher per topic of the contract's observations."""
+    return {
+        stream.topic: node.create_publisher(message_class(stream.type), stream.topic, stream_qos(stream, depth))
+        for stream in contract.observations.values()
+    }
+
+
+def command_publisher(node: Node, contract: RobotContract) -> Publisher:
+    """Publisher of the contract's command topic."""
+    return node.create_publisher(message_class(contract.action.type), contract.action.topic, COMMAND_QOS)

@@ -1,0 +1,169 @@
+"""The recorder: one rosbag2 bag an episode, serialized bytes as they came, with the contract and the instruction.
+
+Episodes are marked by ``vla_ros/msg/Episode`` on ``episode``. Whatever carries a stamp belongs to the episode that the
+stamp lies in, however late it arrives; a latched value is written at the start of every bag. A bag gets its
+``metadata.yaml`` when it is closed: a folder without one was cut short.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+from rcl_interfaces.msg import ParameterDescriptor
+from rclpy.node import Node
+from rclpy.qos import QoSProfile, ReliabilityPolicy
+from rclpy.serialization import deserialize_message
+from rclpy.subscription import Subscription
+from rclpy.time import Time
+
+from vla_core.contract import RobotContract
+from vla_core.data.bag import CONTRACT_KEY, BagWriter
+from vla_core.data.episodes import EPISODE_STATES, EPISODE_TOPIC, EPISODE_TYPE
+from vla_core.errors import VlaError
+from vla_core.observation.messages import header_stamp_ns
+from vla_ros import process
+from vla_ros.bridge import CHUNK_TOPIC, EPISODE_QOS, message_class, stream_qos
+from vla_ros.msg import ActionChunk, Episode
+
+QUEUE_DEPTH = 1000
+RECORDED_QOS = QoSProfile(depth=QUEUE_DEPTH, reliability=ReliabilityPolicy.RELIABLE)
+CHUNK_TYPE = "vla_ros/msg/ActionChunk"
+
+
+class RecorderNode(Node):
+    """See the module; parameters are declared in ``__init__``."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__("recorder", **options)
+        self._declare("contract", "", "the robot's contract")
+        self._declare("output", "", "folder for the bags, one folder an episode; must not hold bags yet")
+        self._declare("streams", [""], "observations of the contract to record; [''] records all")
+        self.bags: list[Path] = []
+        self._writer: BagWriter | None = None
+        self._start_ns = 0
+        self._latched: dict[str, bytes] = {}
+        # Stamped after the last episode's end: the start of the next one, if that comes soon.
+        self._early: deque[tuple[str, int, int, bytes]] = deque(maxlen=QUEUE_DEPTH)
+        self._end_ns: int | None = None
+        path = self._text("contract")
+        if not path:
+            raise VlaError("parameter contract is empty; name the robot's contract file")
+        self.contract = RobotContract.load(path)
+        self._output = Path(self._text("output") or "bags")
+        if self._output.exists() and any(self._output.iterdir()):
+            raise VlaError(f"{self._output} is not empty; recordings never overwrite, choose another output")
+        self._output.mkdir(parents=True, exist_ok=True)
+        self._topics: dict[str, tuple[str, bool]] = {}
+        self._feeds: list[Subscription] = []
+        self._subscribe()
+
+    def stop(self) -> None:
+        """Close the open bag: an episode that was interrupted is aborted, and its bag says so."""
+        if self._writer is not None:
+            self._drain()
+            self._close("aborted")
+
+    def _subscribe(self) -> None:
+        chosen = [name for name in self.get_parameter("streams").value if name]
+        for name in chosen or self.contract.observations:
+            stream = self.contract.stream(name)
+            qos = stream_qos(stream, QUEUE_DEPTH)
+            self._add_feed(stream.topic, stream.type, message_class(stream.type), qos, stream.latched)
+        action = self.contract.action
+        self._add_feed(action.topic, action.type, message_class(action.type), RECORDED_QOS, False)
+        self._add_feed(CHUNK_TOPIC, CHUNK_TYPE, ActionChunk, RECORDED_QOS, False)
+        self._topics[EPISODE_TOPIC] = (EPISODE_TYPE, True)
+        # Last, and as bytes too: its presence on the graph tells others that the recorder is ready.
+        self.create_subscription(Episode, EPISODE_TOPIC, self._on_episode_bytes, EPISODE_QOS, raw=True)
+
+    def _add_feed(self, topic: str, type_name: str, cls: Any, qos: Any, latched: bool) -> None:
+        self._topics[topic] = (type_name, latched)
+
+        def store(data: bytes) -> None:
+            self._store(topic, data)
+
+        self._feeds.append(self.create_subscription(cls, topic, store, qos, raw=True))
+
+    def _store(self, topic: str, data: bytes) -> None:
+        type_name, latched = self._topics[topic]
+        receive_ns = self._now_ns()
+        if latched:
+            self._latched[topic] = data
+            if self._writer is not None:
+                self._writer.write(topic, max(receive_ns, self._start_ns), data)
+            return
+        stamp = header_stamp_ns(type_name, data)
+        stamp_ns = receive_ns if stamp is None else stamp
+        ended = self._end_ns is not None and stamp_ns > self._end_ns
+        if self._writer is None or ended:
+            if ended:
+                self._early.append((topic, stamp_ns, receive_ns, data))
+        elif stamp_ns >= self._start_ns:
+            self._writer.write(topic, max(receive_ns, stamp_ns), data)
+
+    def _on_episode_bytes(self, data: bytes) -> None:
+        mark = deserialize_message(data, Episode)
+        stamp_ns = Time.from_msg(mark.header.stamp).nanoseconds
+        if mark.state == Episode.START:
+            if self._writer is not None:
+                self.get_logger().warning("a new episode began before the last one ended; the last one is aborted")
+                self._close("aborted")
+            self._open(mark, stamp_ns, data)
+        elif self._writer is not None:
+            self._end_ns = stamp_ns
+            self._drain()
+            self._writer.write(EPISODE_TOPIC, max(stamp_ns, self._now_ns()), data)
+            self._close(EPISODE_STATES.get(mark.state, "unknown"))
+
+    def _open(self, mark: Any, stamp_ns: int, data: bytes) -> None:
+        metadata = {
+            CONTRACT_KEY: self.contract.to_yaml(), "instruction": mark.instruction, "task": mark.task,
+            "seed": str(mark.seed),
+        }  # fmt: skip
+        self._writer = BagWriter(self._output / f"episode_{mark.index:06d}", metadata)
+        self._start_ns, self._end_ns = stamp_ns, None
+        for topic, (type_name, latched) in self._topics.items():
+            self._writer.add_topic(topic, type_name, latched)
+        self._writer.write(EPISODE_TOPIC, stamp_ns, data)
+        for topic, value in self._latched.items():
+            self._writer.write(topic, stamp_ns, value)
+        while self._early:
+            topic, message_ns, receive_ns, value = self._early.popleft()
+            if message_ns >= stamp_ns:
+                self._writer.write(topic, max(receive_ns, message_ns), value)
+
+    def _drain(self) -> None:
+        """Take what already lies in the middleware's queues: it was sent before the episode's end."""
+        for feed in self._feeds:
+            with feed.handle:
+                while (taken := feed.handle.take_message(feed.msg_type, True)) is not None:
+                    feed.callback(taken[0])
+
+    def _close(self, outcome: str) -> None:
+        assert self._writer is not None
+        self._writer.set_metadata("outcome", outcome)
+        self._writer.close()
+        self.bags.append(self._writer.path)
+        self.get_logger().info(f"{self._writer.path}: {self._writer.messages} messages, {outcome}")
+        self._writer = None
+
+    def _now_ns(self) -> int:
+        return int(self.get_clock().now().nanoseconds)
+
+    def _declare(self, name: str, default: Any, description: str) -> None:
+        self.declare_parameter(name, default, ParameterDescriptor(description=description))
+
+    def _text(self, name: str) -> str:
+        return str(self.get_parameter(name).value)
+
+
+def main() -> int:
+    """Entry point of ``recorder_node``."""
+    return process.main(RecorderNode)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
