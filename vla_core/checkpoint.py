@@ -96,8 +96,8 @@ class Checkpoint:
         path = Path(path)
         absent = [name for name in FILES if not (path / name).is_file()]
         if absent:
-            found = ", ".join(sorted(p.name for p in path.iterdir())) if path.is_dir() else "no such folder"
-            raise CheckpointError(f"{path}: not a checkpoint: {', '.join(absent)} missing; found: {found or 'nothing'}")
+            there = ", ".join(sorted(p.name for p in path.iterdir())) if path.is_dir() else "no such folder"
+            raise CheckpointError(f"{path}: not a checkpoint: {', '.join(absent)} missing; found: {there or 'nothing'}")
         data = _read_json(path / "config.json")
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             found = data.get("format") if isinstance(data, dict) else type(data).__name__

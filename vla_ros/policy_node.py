@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import sys
 import threading
-import time
 import traceback
 from collections import deque
 from pathlib import Path
@@ -21,7 +20,8 @@ from typing import Any
 import numpy as np
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
 from rcl_interfaces.msg import ParameterDescriptor
-from rclpy.clock import Clock, ClockType
+from rclpy.clock import Clock
+from rclpy.clock_type import ClockType
 from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
 from rclpy.time import Time
 
@@ -251,7 +251,7 @@ class PolicyNode(LifecycleNode):
             try:
                 chunk = core.infer(tick_ns)
             except Unobserved as unobserved:
-                if self._counts["chunks"]:  # before the first chunk, streams are still starting up
+                if self._last_tick_ns >= 0:  # before an episode's first chunk, streams are still starting up
                     self._report_fault(str(unobserved))
                 continue
             except Exception as error:  # whatever it is: the control clock goes on, with the safe action

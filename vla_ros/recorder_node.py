@@ -140,7 +140,7 @@ class RecorderNode(Node):
         for feed in self._feeds:
             with feed.handle:
                 while (taken := feed.handle.take_message(feed.msg_type, True)) is not None:
-                    feed.callback(taken[0])
+                    feed.callback(taken[0])  # type: ignore[call-arg]  # rclpy's type covers the two-argument form too
 
     def _close(self, outcome: str) -> None:
         assert self._writer is not None

@@ -192,11 +192,12 @@ class _Supervisor:
     def watch(self) -> None:
         """Wait until a node's end or a stop ends the graph."""
         while not self._stop.is_set():
+            ended = self._newly_ended()
+            if ended:
+                self._pass_on(0.0)  # their last words come before the news of their end
             # Of those that ended together a crash counts first, then a success.
-            for running in sorted(
-                self._newly_ended(),
-                key=lambda ended: (ended.process.returncode == 0, not ended.node.ends_graph),
-            ):
+            ended.sort(key=lambda e: (e.process.returncode == 0, not e.node.ends_graph))
+            for running in ended:
                 node, code = running.node, running.process.returncode
                 if node.ends_graph and code == 0:
                     self._say("vla up", f"{node.name} is done")
@@ -231,7 +232,8 @@ class _Supervisor:
                     os.killpg(running.process.pid, number)
             self._wait(patience_s)
         # What is still in the pipes; a grandchild that holds one open must not hold this process.
-        while self._pass_on(0.0):
+        deadline = time.monotonic() + 1.0
+        while self._pass_on(0.0) and time.monotonic() < deadline:
             pass
         self._output.close()
         for running in self._running:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import re
+import runpy
 import subprocess
 import sys
 import sysconfig
-import textwrap
-from email.parser import Parser
+from importlib.metadata import metadata
 from pathlib import Path
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import numpy as np
@@ -18,37 +20,18 @@ from vla_core import resources
 from vla_ros.wheels import BuildError, build_messages, name_this_python
 
 ROOT = Path(__file__).parents[2]
+INSTALLED = metadata("vla_ros")
 CMAKE = (ROOT / "CMakeLists.txt").read_text(encoding="utf-8")
 
 
-@pytest.fixture(scope="module")
-def metadata(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
-    """The metadata that pip would install, field by field."""
-    folder = tmp_path_factory.mktemp("metadata")
-    subprocess.run(
-        [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", str(folder)],
-        cwd=ROOT,
-        check=True,
-        capture_output=True,
-    )
-    text = (folder / "vla_ros.egg-info" / "PKG-INFO").read_text(encoding="utf-8")
-    message = Parser().parsestr(text)
-    fields: dict[str, list[str]] = {}
-    for name, value in message.items():
-        fields.setdefault(name, []).append(value)
-    listed = (folder / "vla_ros.egg-info" / "SOURCES.txt").read_text(encoding="utf-8")
-    fields["Sources"] = listed.splitlines()
-    return fields
-
-
-def test_pip_and_ros_name_one_version(metadata: dict[str, list[str]]) -> None:
+def test_pip_and_ros_name_one_version() -> None:
     package = ElementTree.parse(ROOT / "package.xml").getroot()
-    assert metadata["Version"] == [package.findtext("version")]
-    assert metadata["License-Expression"] == [package.findtext("license")]
+    assert INSTALLED["Version"] == package.findtext("version")
+    assert INSTALLED["License-Expression"] == package.findtext("license")
 
 
-def test_the_base_needs_no_ros(metadata: dict[str, list[str]]) -> None:
-    base = [r for r in metadata["Requires-Dist"] if "extra ==" not in r]
+def test_the_base_needs_no_ros() -> None:
+    base = [r for r in INSTALLED.get_all("Requires-Dist", []) if "extra ==" not in r]
     assert base and not [r for r in base if re.match(r"ros-|rclpy", r)]
 
 
@@ -66,43 +49,42 @@ def test_every_node_is_a_program_and_every_program_has_a_main() -> None:
         assert "def main(" in source and '__name__ == "__main__"' in source, module
 
 
-def test_pip_installs_the_shared_files_where_share_finds_them(
-    tmp_path: Path, metadata: dict[str, list[str]]
-) -> None:
-    """An installation laid out by setup.py's own list, run from outside this checkout."""
-    subprocess.run(
-        [sys.executable, "setup.py", "-q", "install_data", "--install-dir", str(tmp_path)],
-        cwd=ROOT,
-        check=True,
-        capture_output=True,
-    )
-    packages = tmp_path / "lib" / "python3" / "site-packages" / "vla_core"
-    packages.mkdir(parents=True)
-    (packages / "__init__.py").touch()
-    source = Path(resources.__file__).read_text(encoding="utf-8")
-    (packages / "resources.py").write_text(source, encoding="utf-8")
-    program = """
-        import sys
-        sys.path.insert(0, sys.argv[1])
-        from vla_core.resources import share
-        for name in sys.argv[2:]:
-            print(share(name))
-    """
-    wanted = [
-        str(path.relative_to(ROOT))
-        for folder in ("config", "launch")
-        for path in sorted((ROOT / folder).rglob("*"))
-        if path.is_file() and "__pycache__" not in path.parts
+def test_setup_lists_every_shared_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: dict[str, list[tuple[str, list[str]]]] = {}
+    # Only what setup.py passes on is of interest, whichever setuptools there is, if any.
+    monkeypatch.setitem(sys.modules, "setuptools", SimpleNamespace(setup=told.update))
+    monkeypatch.chdir(ROOT)
+    runpy.run_path("setup.py")
+    listed = {f"{folder}/{Path(f).name}": f for folder, files in told["data_files"] for f in files}
+    shared = [
+        path.relative_to(ROOT).as_posix()
+        for path in [ROOT / "package.xml", *ROOT.glob("config/**/*"), *ROOT.glob("launch/*.py")]
+        if path.is_file()
     ]
+    assert listed == {f"share/vla_ros/{path}": path for path in shared}
+
+
+@pytest.mark.parametrize("packages", ["lib/python3.11/site-packages", "."])
+def test_an_installation_finds_its_shared_files(tmp_path: Path, packages: str) -> None:
+    """Below a prefix (pip, colcon), and beside the packages (`pip install --target`)."""
+    package = tmp_path / packages / "vla_core"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    source = Path(resources.__file__).read_text(encoding="utf-8")
+    (package / "resources.py").write_text(source, encoding="utf-8")
+    shared = tmp_path / "share" / "vla_ros" / "config" / "some.yaml"
+    shared.parent.mkdir(parents=True)
+    shared.touch()
+    program = "from vla_core.resources import share; print(share('config/some.yaml'))"
     result = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program), str(packages.parent), *wanted],
+        [sys.executable, "-c", program],
         cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(package.parent)},
         check=True,
         capture_output=True,
         text=True,
     )
-    expected = [str(tmp_path / "share" / "vla_ros" / name) for name in wanted]
-    assert result.stdout.splitlines() == expected
+    assert Path(result.stdout.strip()).resolve() == shared.resolve()
 
 
 def test_a_file_that_is_not_shipped_is_an_error_that_names_the_places() -> None:

@@ -130,7 +130,7 @@ def find_bags(paths: list[Path]) -> list[Path]:
     for path in paths:
         if not path.is_dir():
             raise BagError(f"{path}: no such folder; a bag is a folder with metadata.yaml and .mcap or .db3 files")
-        below = [path] if _storage_files(path) else sorted(p for p in path.iterdir() if p.is_dir() and _storage_files(p))
+        below = [path] if _storage_files(path) else sorted(p for p in path.iterdir() if _storage_files(p))
         if not below:
             raise BagError(f"{path}: no bag here or in the folders below it")
         bags += below

@@ -77,12 +77,14 @@ def convert(
     out: Path,
     spec: ObservationSpec,
     contract: RobotContract | None = None,
+    keep_failed: bool = False,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Dataset:
     """Build the dataset ``out`` from ``bags``, one episode a bag; nothing is left behind when a bag is bad.
 
     Args:
         contract: the contract to read the bags by; None takes the one embedded in the first bag.
+        keep_failed: keep episodes that are marked as failed or aborted; they are no demonstrations.
         progress: called with the number of bags done.
     """
     if out.exists():
@@ -94,20 +96,27 @@ def convert(
     (partial / "episodes").mkdir(parents=True)
     try:
         entries: list[dict[str, Any]] = []
+        left_out: list[str] = []
         contract = contract or bag_info(bags[0]).contract
         for index, path in enumerate(bags):
             recorded = bag_info(path)
             if CONTRACT_KEY in recorded.metadata:
                 contract.check_same(recorded.contract, "the dataset", str(path))
+            progress(index + 1)
             episode = read_episode(path, contract, spec)
-            save_file(_arrays(episode), partial / "episodes" / f"episode_{index:06d}.safetensors")
+            if episode.info.outcome in ("failed", "aborted") and not keep_failed:
+                left_out.append(path.name)
+                continue
+            save_file(_arrays(episode), partial / "episodes" / f"episode_{len(entries):06d}.safetensors")
             entries.append({
                 "bag": path.name, "length": len(episode.actions), "dropped_ticks": episode.dropped_ticks,
                 "instruction": episode.observations[0].instruction or episode.info.instruction,
                 "seed": episode.info.seed, "outcome": episode.info.outcome,
             })  # fmt: skip
-            progress(index + 1)
-        description = {"format": FORMAT, "contract": to_dict(contract), "observation": to_dict(spec), "episodes": entries}
+        if not entries:
+            raise DatasetError(f"none of the {len(bags)} episodes succeeded; keep failed ones with --keep-failed")
+        description = {"format": FORMAT, "contract": to_dict(contract), "observation": to_dict(spec),
+                       "episodes": entries, "left_out": left_out}  # fmt: skip
         (partial / "dataset.json").write_text(json.dumps(description, indent=1), encoding="utf-8")
         os.replace(partial, out)
     except BaseException:

@@ -13,6 +13,7 @@ from vla_core.data import bag as bags
 from vla_core.data.bag import BagError
 from vla_core.observation.builder import Observation, ObservationBuilder, ObservationSpec, Unobserved
 from vla_core.observation.decode import decode_action
+from vla_core.observation.memory_buffer import MemoryBuffer
 from vla_core.observation.messages import Message, deserialize
 
 EPISODE_TOPIC = "episode"
@@ -41,28 +42,43 @@ class Episode:
     dropped_ticks: int
 
 
-def replay_ticks(
-    messages: list[Message], contract: RobotContract, builder: ObservationBuilder
-) -> Iterator[tuple[int, Observation | Unobserved]]:
-    """Feed ``messages`` in the order of their stamps and yield what the robot would see at every control tick.
+def replay_ticks(messages: list[Message], builder: ObservationBuilder, buffer: MemoryBuffer) -> Iterator[int]:
+    """Feed ``messages`` to ``buffer`` in the order of their stamps, and yield each control tick (ns) when it is due.
 
-    Ticks start where every stream is there and follow the contract's rate until the messages end.
+    At a tick the buffer holds what the robot's would: everything stamped until then. Ticks start where every stream
+    is there and follow the contract's rate until the messages end.
     """
     by_topic = {stream.topic: name for name, stream in builder.streams.items()}
     feed = sorted((m for m in messages if m.topic in by_topic), key=lambda m: m.stamp_ns)
-    buffer = builder.make_buffer()
+    step_ns = builder.contract.step_ns
     tick_ns: int | None = None
     for place, message in enumerate(feed):
         buffer.add(by_topic[message.topic], message.stamp_ns, message.data)
-        next_ns = feed[place + 1].stamp_ns if place + 1 < len(feed) else message.stamp_ns + contract.step_ns
+        next_ns = feed[place + 1].stamp_ns if place + 1 < len(feed) else message.stamp_ns + step_ns
         if tick_ns is None and not builder.due(buffer, message.stamp_ns):
             tick_ns = message.stamp_ns
         while tick_ns is not None and tick_ns < next_ns:
-            try:
-                yield tick_ns, builder.build(buffer, tick_ns)
-            except Unobserved as unobserved:
-                yield tick_ns, unobserved
-            tick_ns += contract.step_ns
+            yield tick_ns
+            tick_ns += step_ns
+
+
+class Commands:
+    """Recorded commands, looked up by the tick that they answered."""
+
+    def __init__(self, messages: list[Message], contract: RobotContract) -> None:
+        self._action, self._step_ns = contract.action, contract.step_ns
+        self._messages = sorted((m for m in messages if m.topic == contract.action.topic), key=lambda m: m.stamp_ns)
+        self._stamps = np.array([m.stamp_ns for m in self._messages])
+
+    def __len__(self) -> int:
+        return len(self._messages)
+
+    def at(self, tick_ns: int) -> np.ndarray | None:
+        """The first command (A,) stamped within the control period from ``tick_ns`` on; None without one."""
+        place = int(np.searchsorted(self._stamps, tick_ns))
+        if place == len(self._stamps) or self._stamps[place] >= tick_ns + self._step_ns:
+            return None
+        return decode_action(self._action, self._messages[place].data)
 
 
 def read_episode(path: Path, contract: RobotContract, spec: ObservationSpec) -> Episode:
@@ -76,19 +92,22 @@ def read_episode(path: Path, contract: RobotContract, spec: ObservationSpec) -> 
     bags.require_topics(summary, needed)
 
     messages = list(bags.read(path, set(needed) | {EPISODE_TOPIC}))
-    commands = {m.stamp_ns: m for m in messages if m.topic == contract.action.topic}
-    stamps = np.array(sorted(commands))
+    commands = Commands(messages, contract)
+    buffer = builder.make_buffer()
     observations, actions, dropped = [], [], 0
-    for tick_ns, seen in replay_ticks(messages, contract, builder):
-        place = int(np.searchsorted(stamps, tick_ns))
-        answered = place < len(stamps) and stamps[place] < tick_ns + contract.step_ns
-        if isinstance(seen, Unobserved) or not answered:
+    for tick_ns in replay_ticks(messages, builder, buffer):
+        command = commands.at(tick_ns)
+        try:
+            seen = builder.build(buffer, tick_ns)
+        except Unobserved:
+            seen = None
+        if seen is None or command is None:
             dropped += 1
             continue
         observations.append(seen)
-        actions.append(decode_action(contract.action, commands[int(stamps[place])].data))
+        actions.append(command)
     if not observations:
-        raise BagError(f"{path}: no tick has both an observation and a command: {len(stamps)} commands, "
+        raise BagError(f"{path}: no tick has both an observation and a command: {len(commands)} commands, "
                        f"{dropped} ticks without")  # fmt: skip
     return Episode(path, _episode_info(messages), observations, np.asarray(actions, dtype=np.float32), dropped)
 

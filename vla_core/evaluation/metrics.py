@@ -19,7 +19,10 @@ def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
     rate, z2 = successes / trials, Z95**2
     centre = (rate + z2 / (2 * trials)) / (1 + z2 / trials)
     half = Z95 * math.sqrt(rate * (1 - rate) / trials + z2 / (4 * trials**2)) / (1 + z2 / trials)
-    return max(0.0, centre - half), min(1.0, centre + half)
+    # The ends are exact at 0 and 1; rounding must not put them beside the rate.
+    low = 0.0 if successes == 0 else max(0.0, centre - half)
+    high = 1.0 if successes == trials else min(1.0, centre + half)
+    return low, high
 
 
 def percentile(values: Sequence[float], q: float) -> float | None:

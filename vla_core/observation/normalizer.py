@@ -70,7 +70,9 @@ class Normalizer:
         found = self.statistics[name]
         absent = [key for key in REQUIRED[mode] if key not in found]
         if absent:
-            raise StatisticsError(f"statistics of {name!r} lack {', '.join(absent)} for {mode}; it has: {choices(found)}")
+            raise StatisticsError(
+                f"statistics of {name!r} lack {', '.join(absent)} for {mode}; they have: {choices(found)}"
+            )
         if mode == "mean_std":
             shift, scale = np.asarray(found["mean"]), np.asarray(found["std"])
         else:

@@ -40,6 +40,12 @@ class Progress:
     learning_rate: float
     validation_loss: float | None = None
 
+    @property
+    def note(self) -> str:
+        """The figures in a few words."""
+        held_out = "" if self.validation_loss is None else f"  held out {self.validation_loss:.4f}"
+        return f"loss {self.loss:.4f}  lr {self.learning_rate:.1e}{held_out}"
+
 
 @dataclass(frozen=True)
 class Result:

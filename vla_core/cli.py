@@ -1,0 +1,178 @@
+"""The ``vla`` command's parts that need no ROS: convert, train, evaluate, replay, inspect.
+
+``vla_ros.cli`` adds what starts nodes. Errors of the user's making are one line on stderr and exit status 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from vla_core.errors import VlaError
+
+
+def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add this module's commands to a parser."""
+    convert = commands.add_parser("convert", help="bags to a training set")
+    convert.add_argument("bags", type=Path, nargs="+", help="bags, or folders of bags")
+    convert.add_argument("--out", type=Path, required=True, help="dataset folder to create")
+    convert.add_argument("--recipe", default="mini_vla", help="its observation decides what the dataset holds")
+    convert.add_argument("--contract", type=Path, help="contract file; default: the one in the bags")
+    convert.add_argument("--keep-failed", action="store_true", help="keep episodes that are marked as failed")
+    convert.set_defaults(run=_convert)
+
+    train = commands.add_parser("train", help="a training set to a checkpoint")
+    train.add_argument("recipe", help="a name in config/train, or a YAML file")
+    train.add_argument("overrides", nargs="*", metavar="key=value", help="such as training.steps=500")
+    train.add_argument("--dataset", type=Path, required=True)
+    train.add_argument("--validation", type=Path, help="dataset for the held-out loss")
+    train.add_argument("--out", type=Path, required=True, help="checkpoint folder")
+    train.add_argument("--logs", type=Path, help="TensorBoard folder; default: OUT's parent / tensorboard")
+    train.set_defaults(run=_train)
+
+    evaluate = commands.add_parser("evaluate", help="closed-loop success in simulation, in one process, without ROS")
+    evaluate.add_argument("checkpoint", type=Path)
+    evaluate.add_argument("--task", default="push-v3")
+    evaluate.add_argument("--camera", default="corner2")
+    evaluate.add_argument("--episodes", type=int, default=50)
+    evaluate.add_argument("--seed", type=int, default=10000, help="seed of the first episode; each later one counts up")
+    evaluate.add_argument("--max-steps", type=int, default=200)
+    evaluate.add_argument("--instruction", help="default: the task's own")
+    evaluate.add_argument("--black-camera", action="store_true")
+    evaluate.add_argument("--out", type=Path, help="JSON file for the figures and every episode's outcome")
+    evaluate.set_defaults(run=_evaluate)
+
+    replay = commands.add_parser("replay", help="open-loop error of a checkpoint on recorded bags, with plots")
+    replay.add_argument("checkpoint", type=Path)
+    replay.add_argument("bag", type=Path)
+    replay.add_argument("--out", type=Path, required=True, help="folder for replay.json and plots")
+    replay.set_defaults(run=_replay)
+
+    inspect = commands.add_parser("inspect", help="what is in a bag, a dataset or a checkpoint")
+    inspect.add_argument("path", type=Path)
+    inspect.set_defaults(run=_inspect)
+
+
+def main(
+    arguments: Sequence[str] | None = None,
+    more: Callable[[argparse._SubParsersAction[argparse.ArgumentParser]], None] | None = None,
+) -> int:
+    """Parse and run; ``more`` adds commands of another package."""
+    # Before torch is imported: threads that spin while they wait slow the other processes down.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    parser = argparse.ArgumentParser(prog="vla", description="Record, train, run and evaluate robot policies.")
+    commands = parser.add_subparsers(metavar="command", required=True)
+    add_commands(commands)
+    if more is not None:
+        more(commands)
+    parsed = parser.parse_args(arguments)
+    try:
+        return int(parsed.run(parsed))
+    except VlaError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # the reader of a pipe has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _convert(parsed: argparse.Namespace) -> int:
+    from vla_core.contract import RobotContract
+    from vla_core.data.bag import find_bags
+    from vla_core.data.dataset import convert
+    from vla_core.progress import bar
+    from vla_core.training.recipe import load_recipe
+
+    spec = load_recipe(parsed.recipe).observation
+    contract = RobotContract.load(parsed.contract) if parsed.contract else None
+    bags = find_bags(parsed.bags)
+    with bar("convert", len(bags)) as advance:
+        dataset = convert(bags, parsed.out, spec, contract, parsed.keep_failed, lambda done: advance(done, "bags"))
+    print(f"{parsed.out}: {len(dataset.episodes)} episodes, {dataset.frames} ticks")
+    return 0
+
+
+def _train(parsed: argparse.Namespace) -> int:
+    from vla_core.data.dataset import load
+    from vla_core.progress import bar
+    from vla_core.training.recipe import load_recipe
+    from vla_core.training.trainer import train
+
+    recipe = load_recipe(parsed.recipe, parsed.overrides)
+    dataset = load(parsed.dataset)
+    validation = load(parsed.validation) if parsed.validation else None
+    logs = parsed.logs or parsed.out.parent / "tensorboard"
+    with bar("train", recipe.training.steps) as advance:
+        result = train(recipe, dataset, validation, logs, lambda p: advance(p.step, p.note),
+                       {"recipe": parsed.recipe, "dataset": str(parsed.dataset)})  # fmt: skip
+    result.checkpoint.save(parsed.out)
+    held_out = "" if result.validation_loss is None else f", held-out loss {result.validation_loss:.4f}"
+    print(f"{parsed.out}: {result.seconds:.0f} s, loss {result.loss:.4f}{held_out}; TensorBoard: {logs}")
+    return 0
+
+
+def _evaluate(parsed: argparse.Namespace) -> int:
+    import dataclasses
+
+    from vla_core.evaluation.closed_loop import evaluate
+    from vla_core.evaluation.metrics import wilson_interval
+    from vla_core.progress import bar
+    from vla_core.runtime.core import PolicyCore
+    from vla_core.runtime.policy import Policy
+    from vla_core.sim.metaworld import MetaWorld, instruction_for
+
+    core = PolicyCore(Policy.load(parsed.checkpoint))
+    world = MetaWorld(parsed.task, parsed.camera, core.contract, black_camera=parsed.black_camera)
+    instruction = instruction_for(parsed.task) if parsed.instruction is None else parsed.instruction
+    seeds = range(parsed.seed, parsed.seed + parsed.episodes)
+    outcomes: list[bool] = []
+    with bar("evaluate", parsed.episodes) as advance:
+
+        def note(success: bool) -> None:
+            outcomes.append(success)
+            advance(len(outcomes), f"{sum(outcomes)} of {len(outcomes)} succeeded")
+
+        results = evaluate(world, core, instruction, seeds, parsed.max_steps, lambda r: note(r.success))
+    low, high = wilson_interval(sum(outcomes), len(outcomes))
+    rate = sum(outcomes) / max(1, len(outcomes))
+    print(f"success {rate:.2f} (95 % interval {low:.2f} to {high:.2f}) over {len(outcomes)} episodes of {parsed.task}")
+    if parsed.out:
+        record = {
+            "checkpoint": str(parsed.checkpoint), "task": parsed.task, "camera": parsed.camera,
+            "instruction": instruction, "max_steps": parsed.max_steps, "success_rate": rate,
+            "success_ci95": [low, high], "episodes": [dataclasses.asdict(result) for result in results],
+        }  # fmt: skip
+        parsed.out.parent.mkdir(parents=True, exist_ok=True)
+        parsed.out.write_text(json.dumps(record, indent=1), encoding="utf-8")
+    return 0
+
+
+def _replay(parsed: argparse.Namespace) -> int:
+    from vla_core.evaluation import plots
+    from vla_core.evaluation.open_loop import replay
+    from vla_core.runtime.core import PolicyCore
+    from vla_core.runtime.policy import Policy
+
+    result = replay(parsed.bag, PolicyCore(Policy.load(parsed.checkpoint)))
+    parsed.out.mkdir(parents=True, exist_ok=True)
+    figures = {"bag": str(parsed.bag), "checkpoint": str(parsed.checkpoint), **result.figures()}
+    (parsed.out / "replay.json").write_text(json.dumps(figures, indent=1), encoding="utf-8")
+    plots.save(plots.replay_traces(result), parsed.out / "traces.png")
+    plots.save(plots.replay_errors(result), parsed.out / "errors.png")
+    print(f"mean absolute error {figures['mae']:.4f} of the half range over {figures['ticks']} ticks; "
+          f"plots and replay.json in {parsed.out}")  # fmt: skip
+    return 0
+
+
+def _inspect(parsed: argparse.Namespace) -> int:
+    from vla_core.inspect import describe
+
+    print(describe(parsed.path))
+    return 0

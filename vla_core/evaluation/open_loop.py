@@ -1,0 +1,76 @@
+"""Open-loop replay: what the policy would have done at every tick of a recorded bag, against what was done."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vla_core.data import bag as bags
+from vla_core.data.bag import BagError
+from vla_core.data.episodes import Commands, replay_ticks
+from vla_core.observation.builder import Unobserved
+from vla_core.runtime.core import PolicyCore
+
+
+@dataclass(frozen=True)
+class Replay:
+    """Over N ticks: predicted chunks (N, H, A), recorded actions (N, H, A), where they are known (N, H), in units."""
+
+    names: tuple[str, ...]
+    units: tuple[str, ...]
+    half_range: np.ndarray
+    stamps_ns: np.ndarray
+    predicted: np.ndarray
+    recorded: np.ndarray
+    known: np.ndarray
+
+    def error(self) -> np.ndarray:
+        """Absolute error (N, H, A); NaN where nothing was recorded."""
+        return np.where(self.known[..., None], np.abs(self.predicted - self.recorded), np.nan)
+
+    def figures(self) -> dict[str, Any]:
+        """Mean absolute errors: overall as a share of each action's half range, per action and per horizon step."""
+        error = self.error()
+        share = error / self.half_range
+        return {
+            "ticks": len(self.stamps_ns),
+            "mae": float(np.nanmean(share)),
+            "mae_per_action": {
+                name: {"mae": float(np.nanmean(error[..., i])), "unit": self.units[i]}
+                for i, name in enumerate(self.names)
+            },
+            "mae_per_step": np.nanmean(share, axis=(0, 2)).tolist(),
+        }
+
+
+def replay(path: Path, core: PolicyCore) -> Replay:
+    """Replay one bag through the node's core, predicting at every control tick."""
+    contract = core.contract
+    needed = {stream.topic: stream.type for stream in core.builder.streams.values()}
+    needed[contract.action.topic] = contract.action.type
+    summary = bags.info(path)
+    if not summary.whole:
+        raise BagError(f"{path}: {summary.note}")
+    bags.require_topics(summary, needed)
+    messages = list(bags.read(path, set(needed)))
+    commands = Commands(messages, contract)
+    stamps, predicted, recorded, known = [], [], [], []
+    for tick_ns in replay_ticks(messages, core.builder, core.buffer):
+        try:
+            chunk = core.infer(tick_ns)
+        except Unobserved:
+            continue
+        truth = [commands.at(tick_ns + k * contract.step_ns) for k in range(len(chunk.actions))]
+        blank = np.full(len(contract.action.names), np.nan)
+        stamps.append(tick_ns)
+        predicted.append(chunk.actions)
+        recorded.append(np.stack([blank if value is None else value for value in truth]))
+        known.append([value is not None for value in truth])
+    if not stamps or not np.any(known):
+        raise BagError(f"{path}: no tick has both an observation and a command")
+    half_range = (np.asarray(contract.action.high) - np.asarray(contract.action.low)) / 2
+    return Replay(contract.action.names, contract.action.units, half_range, np.array(stamps), np.stack(predicted),
+                  np.stack(recorded), np.array(known))  # fmt: skip

@@ -1,0 +1,100 @@
+"""Figures as PNG bytes. Colours are told apart by people who do not see red and green alike (Okabe & Ito)."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+from vla_core.evaluation.open_loop import Replay
+
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#E69F00", "#009E73", "#999999"
+
+
+def png(figure: Any) -> bytes:
+    """Encode and close a figure."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
+    plt.close(figure)
+    return buffer.getvalue()
+
+
+def replay_traces(replay: Replay) -> bytes:
+    """Recorded action and first predicted step over time, one panel an action, with some whole chunks behind."""
+    seconds = (replay.stamps_ns - replay.stamps_ns[0]) / 1e9
+    step = np.median(np.diff(seconds)) if len(seconds) > 1 else 1.0
+    count = len(replay.names)
+    figure, axes = plt.subplots(count, 1, figsize=(8, 1.7 * count), sharex=True, squeeze=False)
+    horizon = replay.predicted.shape[1]
+    for i, axis in enumerate(axes[:, 0]):
+        for row in range(0, len(seconds), horizon):
+            axis.plot(seconds[row] + step * np.arange(horizon), replay.predicted[row, :, i], color=ORANGE, lw=0.8,
+                      alpha=0.6)  # fmt: skip
+        axis.plot(seconds, replay.recorded[:, 0, i], color=BLUE, lw=1.6, label="recorded")
+        axis.plot(seconds, replay.predicted[:, 0, i], color=ORANGE, lw=1.2, ls="--", label="predicted")
+        axis.set_ylabel(f"{replay.names[i]}\n[{replay.units[i]}]")
+    axes[0, 0].legend(loc="upper right", ncols=2, fontsize=8)
+    axes[-1, 0].set_xlabel("time [s]")
+    return png(figure)
+
+
+def replay_errors(replay: Replay) -> bytes:
+    """Error over the horizon, one line an action, as a share of its half range."""
+    share = replay.error() / replay.half_range
+    figure, axis = plt.subplots(figsize=(5, 3))
+    for i, name in enumerate(replay.names):
+        axis.plot(np.arange(1, share.shape[1] + 1), np.nanmean(share[..., i], axis=0), marker="o", label=name)
+    axis.set_xlabel("step of the chunk")
+    axis.set_ylabel("mean absolute error\n/ half range")
+    axis.set_ylim(bottom=0)
+    axis.legend(fontsize=8)
+    return png(figure)
+
+
+def success_bars(rows: list[tuple[str, float, float, float]]) -> bytes:
+    """Success rates with 95 % intervals; rows of label, rate, low, high."""
+    figure, axis = plt.subplots(figsize=(6, 0.5 + 0.45 * len(rows)))
+    for place, (label, rate, low, high) in enumerate(reversed(rows)):
+        axis.barh(place, rate, color=BLUE if label == rows[0][0] else GREY, height=0.6)
+        axis.errorbar(rate, place, xerr=[[rate - low], [high - rate]], color="black", capsize=3, lw=1)
+    axis.set_yticks(range(len(rows)), [row[0] for row in reversed(rows)])
+    axis.set_xlim(0, 1)
+    axis.set_xlabel("success rate, 95 % interval (Wilson)")
+    return png(figure)
+
+
+def training_curve(history: list[tuple[int, float, float | None]]) -> bytes:
+    """Training and held-out loss over steps."""
+    figure, axis = plt.subplots(figsize=(5, 3))
+    axis.plot([h[0] for h in history], [h[1] for h in history], color=BLUE, lw=1, label="training (smoothed)")
+    held_out = [(h[0], h[2]) for h in history if h[2] is not None]
+    if held_out:
+        axis.plot(*zip(*held_out, strict=True), color=ORANGE, marker="o", ms=3, label="held out (averaged weights)")
+    axis.set_yscale("log")
+    axis.set_xlabel("step")
+    axis.set_ylabel("loss")
+    axis.legend(fontsize=8)
+    return png(figure)
+
+
+def latency_histograms(samples: dict[str, list[float]]) -> bytes:
+    """Distributions of latencies, milliseconds, on one axis each."""
+    figure, axes = plt.subplots(1, len(samples), figsize=(4.5 * len(samples), 2.6), squeeze=False)
+    for axis, (name, values) in zip(axes[0], samples.items(), strict=True):
+        shown = np.asarray(values)
+        axis.hist(shown, bins=40, range=(0, float(np.percentile(shown, 99.5)) if len(shown) else 1.0), color=GREEN)
+        axis.set_xlabel(f"{name} [ms]")
+        axis.set_ylabel("count")
+    return png(figure)
+
+
+def save(data: bytes, path: Path) -> None:
+    """Write an encoded figure."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)

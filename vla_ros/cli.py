@@ -1,0 +1,25 @@
+"""The ``vla`` command: what ``vla_core`` offers, and what starts nodes."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from vla_core import cli
+from vla_ros import up
+
+
+def _node_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    from vla_ros import demo  # imports torch, which the other commands may not need
+
+    up.add_command(commands)
+    demo.add_command(commands)
+
+
+def main() -> int:
+    """Entry point of ``vla``."""
+    return cli.main(more=_node_commands)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
