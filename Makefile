@@ -65,6 +65,7 @@ $(VENV)/.messages: $(VENV)/.packages CMakeLists.txt package.xml $(wildcard msg/*
 # torch goes first and alone: the others' demands must not choose its build.
 $(VENV)/.packages: $(VENV)/.python-$(ROS_FROM) pyproject.toml setup.py | $(VENV)/.system
 	@echo 'Installing Python packages (ROS 2: $(ROS_FROM)) …'
+	$(PIP) --upgrade pip # that of Python 3.10 needs minutes to find versions that fit together
 	$(PIP) $(TORCH)
 	$(PIP) -e '.[$(EXTRAS)]' $(EXTRAS_NUMPY)
 	@touch $@

@@ -1,4 +1,4 @@
-"""Installs config/ and launch/ into share/vla_ros; all else is declared in pyproject.toml."""
+"""Installs config/, launch/ and msg/ into share/vla_ros; all else is declared in pyproject.toml."""
 
 from pathlib import Path
 
@@ -13,7 +13,8 @@ def shared_files() -> list[tuple[str, list[str]]]:
         SHARE: ["package.xml"],
         f"{SHARE}/launch": [str(path) for path in sorted(Path("launch").glob("*.launch.py"))],
     }
-    for path in sorted(Path("config").rglob("*")):
+    # msg/ too: bags with this package's messages are read without ROS.
+    for path in (*sorted(Path("config").rglob("*")), *sorted(Path("msg").glob("*.msg"))):
         if path.is_file():
             folders.setdefault(f"{SHARE}/{path.parent.as_posix()}", []).append(str(path))
     return list(folders.items())

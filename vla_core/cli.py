@@ -21,7 +21,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     convert.add_argument("bags", type=Path, nargs="+", help="bags, or folders of bags")
     convert.add_argument("--out", type=Path, required=True, help="dataset folder to create")
     convert.add_argument("--recipe", default="mini_vla", help="its observation decides what the dataset holds")
-    convert.add_argument("--contract", type=Path, help="contract file; default: the one in the bags")
+    convert.add_argument("--contract", help="a name in config/robots, or a file; default: the one in the bags")
     convert.add_argument("--keep-failed", action="store_true", help="keep episodes that are marked as failed")
     convert.set_defaults(run=_convert)
 

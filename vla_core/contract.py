@@ -15,6 +15,7 @@ import yaml
 
 from vla_core.config import ConfigError, from_dict, load_yaml, to_dict
 from vla_core.errors import VlaError, choices
+from vla_core.resources import share
 
 NANOSECONDS = 1_000_000_000
 
@@ -144,8 +145,15 @@ class RobotContract:
             raise ContractError(f"{source}: {' '.join(str(error).split())}") from None
 
     @classmethod
-    def load(cls, path: Path | str) -> RobotContract:
-        """Read a contract file."""
+    def load(cls, name: Path | str) -> RobotContract:
+        """Read a contract by file name, or by the name of one in ``config/robots``."""
+        path = Path(name)
+        if not path.is_file():
+            folder = share("config/robots")
+            path = folder / f"{name}.yaml"
+            if not path.is_file():
+                known = choices(p.stem for p in folder.glob("*.yaml"))
+                raise ContractError(f"no contract {str(name)!r}; choices: {known}, or the path of a YAML file")
         try:
             return from_dict(cls, load_yaml(path))
         except ConfigError as error:

@@ -6,14 +6,12 @@ import argparse
 import sys
 
 from vla_core import cli
-from vla_ros import up
+from vla_ros import demo_command, up
 
 
 def _node_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    from vla_ros import demo  # imports torch, which the other commands may not need
-
     up.add_command(commands)
-    demo.add_command(commands)
+    demo_command.add_command(commands)
 
 
 def main() -> int:

@@ -5,13 +5,9 @@ Everything is written below one folder; the figures of ``report.json`` come from
 
 from __future__ import annotations
 
-import argparse
 import re
 import shutil
 import time
-import webbrowser
-from dataclasses import dataclass
-from os import environ
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +26,11 @@ from vla_core.runtime.policy import Policy
 from vla_core.sim.metaworld import INSTRUCTIONS, MetaWorld, instruction_for
 from vla_core.training.recipe import Recipe, load_recipe
 from vla_core.training.trainer import Progress, Result, train
+from vla_ros.demo_command import DemoOptions
 from vla_ros.graph import Scalar, load_graph
 from vla_ros.up import run_graph
 
-CONTRACT = "config/robots/metaworld_sawyer.yaml"
+CONTRACT = "metaworld_sawyer"
 BASELINE = "mini_vla_seed"
 HELD_OUT_SEED = 20_000
 EVALUATION_SEED = 10_000
@@ -45,65 +42,13 @@ class DemoError(VlaError):
     """A step of the demo that failed."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class DemoOptions:
-    """What ``vla demo`` is asked for."""
-
-    out: Path
-    task: str
-    camera: str
-    episodes: int
-    recipe: str
-    seed: int
-    evaluation_episodes: int
-    held_out_episodes: int
-    realtime_episodes: int
-    max_steps: int
-    overrides: tuple[str, ...]
-    baseline_steps: int | None
-
-
-def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add `demo` to the `vla` command line."""
-    parser = commands.add_parser("demo", help="record, train, run live, replay and report, on Meta-World")
-    parser.add_argument("--task", default="push-v3", help="Meta-World task")
-    parser.add_argument("--camera", help="default: the recipe's own choice for the task, else corner2")
-    parser.add_argument("--episodes", type=int, default=50, help="demonstrations to record")
-    parser.add_argument("--recipe", default="mini_vla", help="a name in config/train, or a YAML file")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the first demonstration")
-    parser.add_argument("--evaluation-episodes", type=int, default=50, help="live episodes per figure")
-    parser.add_argument("--held-out-episodes", type=int, default=5, help="bags for the held-out loss and the replay")
-    parser.add_argument("--realtime-episodes", type=int, default=10, help="live episodes for latencies")
-    parser.add_argument("--max-steps", type=int, default=200, help="control steps after which a live episode failed")
-    parser.add_argument("--baseline-steps", type=int, help="training steps of the baseline; default: its recipe's")
-    parser.add_argument("--out", type=Path, default=Path("out/demo"), help="its earlier content is removed")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys, such as training.steps=500")
-    parser.set_defaults(run=_run)
-
-
-def _run(parsed: argparse.Namespace) -> int:
-    options = DemoOptions(
-        out=parsed.out, task=parsed.task, camera=parsed.camera or "corner2", episodes=parsed.episodes,
-        recipe=parsed.recipe, seed=parsed.seed, evaluation_episodes=parsed.evaluation_episodes,
-        held_out_episodes=parsed.held_out_episodes, realtime_episodes=parsed.realtime_episodes,
-        max_steps=parsed.max_steps, overrides=tuple(parsed.overrides),
-        baseline_steps=parsed.baseline_steps,
-    )  # fmt: skip
-    page = Demo(options).run()
-    print(f"report: {page}")
-    if environ.get("DISPLAY") or environ.get("WAYLAND_DISPLAY"):
-        webbrowser.open(page.resolve().as_uri())
-    return 0
-
-
 class Demo:
     """The steps in order; each is one method and one progress bar."""
 
     def __init__(self, options: DemoOptions) -> None:
         self.options = options
         self.out = options.out
-        self.contract_path = share(CONTRACT)
-        self.contract = RobotContract.load(self.contract_path)
+        self.contract = RobotContract.load(CONTRACT)
         # Bad names fail here, before minutes of work.
         self.recipe = load_recipe(options.recipe, options.overrides)
         steps = options.baseline_steps
@@ -142,8 +87,8 @@ class Demo:
                 demonstrations=len(bags), frames=data.frames, bag_bytes=_bytes(self.out / "bags"),
                 training=result, history=[(p.step, p.loss, p.validation_loss) for p in history], live=live,
                 black_camera=black, swapped=swapped, swapped_instruction=other, baseline=baseline,
-                baseline_recipe=BASELINE, realtime=realtime, parity=parity, replay=replayed, max_steps=options.max_steps,
-                video=self.out / "live" / "episodes.gif", seconds=time.monotonic() - start,
+                baseline_recipe=BASELINE, realtime=realtime, parity=parity, replay=replayed,
+                max_steps=options.max_steps, video=self.out / "live" / "episodes.gif", seconds=time.monotonic() - start,
             ),
             self.out,
         )  # fmt: skip
@@ -224,7 +169,7 @@ class Demo:
                 if match:
                     advance(int(match[1]), f"{match[2]} of {match[3]} succeeded")
 
-            given: dict[str, Any] = {"contract": str(self.contract_path), "episodes": episodes, **arguments}
+            given: dict[str, Any] = {"contract": CONTRACT, "episodes": episodes, **arguments}
             status = run_graph(load_graph(share(f"config/graphs/{name}.yaml")), given, write=write)
         if status != 0:
             errors = [line for line in lines if "error" in line.lower()] or lines[-1:]

@@ -49,7 +49,7 @@ class MetaWorldNode(Node):
 
     def __init__(self, **options: Any) -> None:
         super().__init__("simulator", **options)
-        self._declare("contract", "", "the robot's contract")
+        self._declare("contract", "metaworld_sawyer", "the robot's contract: a name in config/robots, or a file")
         self._declare("task", "push-v3", "Meta-World task")
         self._declare("camera", "corner2", "MuJoCo camera of the task")
         self._declare("camera_size", 128, "height and width of the published images, pixels")
@@ -67,8 +67,6 @@ class MetaWorldNode(Node):
         self._declare("video", "", "GIF file of the first episodes")
         self._declare("video_episodes", 3, "how many episodes the video shows")
 
-        if not self._value("contract"):
-            raise VlaError("parameter contract is empty; name the robot's contract file")
         self.contract = RobotContract.load(self._value("contract"))
         self._lockstep = self._choice("clock", ("realtime", "lockstep")) == "lockstep"
         self._expert_drives = self._choice("driver", ("policy", "expert")) == "expert"
@@ -118,10 +116,7 @@ class MetaWorldNode(Node):
         start_wall_ns = time.monotonic_ns()
         state, steps, stamp_ns = Episode.FAILED, 0, start_ns
         while steps < self._value("max_steps"):
-            if self._lockstep:
-                stamp_ns = start_ns + steps * period_ns
-            else:
-                stamp_ns = self._now_ns()
+            stamp_ns = start_ns + steps * period_ns if self._lockstep else self._now_ns()
             self._publish_observation(stamp_ns, steps, index)
             if self._expert_publisher is not None:
                 data = messages.command(self.contract.action, stamp_ns, self.world.expert())
@@ -160,7 +155,7 @@ class MetaWorldNode(Node):
             # After the numbers, with the same stamp: a picture takes longer, as a real camera's does.
             self._publish(self.world.observe_camera(stamp_ns))
             if self._value("video") and index < self._value("video_episodes"):
-                self._frames.append(self.world.last_frame)
+                self._frames.append(self.world.render_for_people())
 
     def _publish(self, observed: list[Message]) -> None:
         for message in observed:

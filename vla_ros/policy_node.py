@@ -56,8 +56,8 @@ class PolicyNode(LifecycleNode):
     def __init__(self, **options: Any) -> None:
         super().__init__("policy", **options)
         self._declare("checkpoint", "", "folder of a trained policy")
-        self._declare("contract", "", "the robot's contract; may differ from the checkpoint's in topics only; "
-                                      "empty takes the checkpoint's")  # fmt: skip
+        self._declare("contract", "", "the robot's contract, a name in config/robots or a file; may differ from "
+                                      "the checkpoint's in topics only; empty takes the checkpoint's")  # fmt: skip
         self._declare("inference", "asynchronous", "asynchronous (robots) or synchronous (lockstep simulation)")
         self._declare("seed", 0, "seed of the policy's sampling noise")
         self._declare("autostart", True, "configure and activate at start")
@@ -72,7 +72,7 @@ class PolicyNode(LifecycleNode):
         self._last_values: np.ndarray | None = None
         self._answered_ns = -1
         self._latency_ms: deque[float] = deque(maxlen=SAMPLES)
-        self._fault = ""
+        self.fault = ""
         self._counts = {"commands": 0, "safe_commands": 0, "chunks": 0, "faults": 0}
         self._input_log: InputLog | None = None
 
@@ -114,12 +114,12 @@ class PolicyNode(LifecycleNode):
         try:
             action()
         except VlaError as error:
-            self._fault = str(error)
-            self.get_logger().error(self._fault)
+            self.fault = str(error)
+            self.get_logger().error(self.fault)
             return TransitionCallbackReturn.FAILURE
         except Exception:
-            self._fault = traceback.format_exc()
-            self.get_logger().error(self._fault)
+            self.fault = traceback.format_exc()
+            self.get_logger().error(self.fault)
             return TransitionCallbackReturn.ERROR
         return TransitionCallbackReturn.SUCCESS
 
@@ -294,7 +294,7 @@ class PolicyNode(LifecycleNode):
         held = np.array([safe == "hold" for safe in action.safe])
         self._command_publisher.publish(messages.command(action, stamp_ns, np.where(held, last, 0.0)))
         self._counts["safe_commands"] += 1
-        self._fault = reason
+        self.fault = reason
 
     def _publish_chunk(self, chunk: ActionChunk) -> None:
         core = self.core
@@ -318,7 +318,7 @@ class PolicyNode(LifecycleNode):
     # What people see of it.
 
     def _report_fault(self, text: str) -> None:
-        self._fault = text
+        self.fault = text
         self._counts["faults"] += 1
         self.get_logger().warning(text, throttle_duration_sec=1.0)
 
@@ -329,7 +329,7 @@ class PolicyNode(LifecycleNode):
         recent = self.core.inference_ms[-SAMPLES:]
         for name, samples in (("inference_ms", recent), ("observation_to_command_ms", list(self._latency_ms))):
             values |= {f"{name}_p50": percentile(samples, 50), f"{name}_p99": percentile(samples, 99)}
-        fault, self._fault = self._fault, ""
+        fault, self.fault = self.fault, ""
         status = DiagnosticStatus(
             name=f"{self.get_fully_qualified_name()}: policy", hardware_id=self.core.contract.name,
             level=DiagnosticStatus.WARN if fault else DiagnosticStatus.OK, message=fault or "ok",

@@ -38,19 +38,20 @@ class RecorderNode(Node):
 
     def __init__(self, **options: Any) -> None:
         super().__init__("recorder", **options)
-        self._declare("contract", "", "the robot's contract")
+        self._declare("contract", "", "the robot's contract: a name in config/robots, or a file")
         self._declare("output", "", "folder for the bags, one folder an episode; must not hold bags yet")
         self._declare("streams", [""], "observations of the contract to record; [''] records all")
         self.bags: list[Path] = []
         self._writer: BagWriter | None = None
         self._start_ns = 0
         self._latched: dict[str, bytes] = {}
-        # Stamped after the last episode's end: the start of the next one, if that comes soon.
+        # Received outside an episode, or stamped after its end: may be the start of the next one, whose mark is on
+        # its way. Topics overtake one another.
         self._early: deque[tuple[str, int, int, bytes]] = deque(maxlen=QUEUE_DEPTH)
         self._end_ns: int | None = None
         path = self._text("contract")
         if not path:
-            raise VlaError("parameter contract is empty; name the robot's contract file")
+            raise VlaError("parameter contract is empty; name the robot's contract: one in config/robots, or a file")
         self.contract = RobotContract.load(path)
         self._output = Path(self._text("output") or "bags")
         if self._output.exists() and any(self._output.iterdir()):
@@ -99,8 +100,7 @@ class RecorderNode(Node):
         stamp_ns = receive_ns if stamp is None else stamp
         ended = self._end_ns is not None and stamp_ns > self._end_ns
         if self._writer is None or ended:
-            if ended:
-                self._early.append((topic, stamp_ns, receive_ns, data))
+            self._early.append((topic, stamp_ns, receive_ns, data))
         elif stamp_ns >= self._start_ns:
             self._writer.write(topic, max(receive_ns, stamp_ns), data)
 

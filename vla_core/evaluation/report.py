@@ -21,6 +21,12 @@ from vla_core.training.trainer import Result
 
 VERSIONS = ("vla_ros", "torch", "numpy", "rosbags", "mujoco", "metaworld", "opencv-python-headless", "ros-kilted-rclpy")
 
+OBJECT_IN_STATE = (
+    "This policy sees Meta-World's 39 numbers, which hold the object's position and the goal: it can do without its "
+    "camera."
+)
+OBJECT_UNSEEN = "This policy has no number that tells where the object is: it must see it."
+
 
 @dataclass(frozen=True)
 class LiveRun:
@@ -200,8 +206,7 @@ def _page(result: DemoResult, numbers: dict[str, Any]) -> str:
     sight = (
         f"With the camera blackened success is {numbers['black_camera_success_rate']:.2f}; with the instruction "
         f"“{html.escape(numbers['other_instruction'])}” it is {numbers['other_instruction_success_rate']:.2f}. "
-        "A policy that keeps succeeding without its camera does not use it: Meta-World's 39 numbers hold the object's "
-        "position and the goal."
+        + (OBJECT_IN_STATE if "state" in result.training.checkpoint.config.observation.state else OBJECT_UNSEEN)
     )
     return f"""<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width">
 <title>{html.escape(result.task)}: {html.escape(result.recipe)}</title><style>

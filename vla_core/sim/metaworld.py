@@ -22,6 +22,7 @@ from vla_core.observation.messages import Message
 FULL_SPEED = 0.8  # m/s, 1 cm (action_scale) in 12.5 ms
 FRAME = "base"
 VECTOR = "sensor_msgs/msg/JointState"
+VIDEO_SIZE = 320
 STATE_SIZE = 39
 HAND_SIZE = 4
 
@@ -62,7 +63,8 @@ def _libraries() -> tuple[Any, Any, Any]:
         from metaworld.env_dict import ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE
         from metaworld.policies import ENV_POLICY_MAP
     except ImportError as error:
-        raise SimulationError(f"Meta-World cannot be imported ({error}); install the extra: pip install '.[sim]'") from None
+        message = f"Meta-World cannot be imported ({error}); install the extra: pip install '.[sim]'"
+        raise SimulationError(message) from None
     return mujoco, ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE, ENV_POLICY_MAP
 
 
@@ -79,7 +81,7 @@ class MetaWorld:
 
     def __init__(self, task: str, camera: str, contract: RobotContract, camera_size: int = 128,
                  black_camera: bool = False) -> None:  # fmt: skip
-        mujoco, environments, experts = _libraries()
+        _, environments, experts = _libraries()
         if task not in experts:
             raise SimulationError(f"unknown task {task!r}; choices: {choices(experts)}")
         self.task, self.camera, self.contract = task, camera, contract
@@ -93,17 +95,14 @@ class MetaWorld:
         if camera not in cameras:
             raise SimulationError(f"unknown camera {camera!r}; choices: {choices(cameras)}")
         model.vis.quality.offsamples = 0
-        self._renderer = mujoco.Renderer(model, camera_size, camera_size)
-        # Shadow maps of 4096 pixels cost ten times the rest of the picture.
-        self._renderer.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = 0
-        self._renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
+        self._renderer = self._make_renderer(camera_size)
+        self._video_renderer: Any = None
         self._black = black_camera
         self._joint_names = contract.observations["joints"].names if "joints" in contract.observations else ()
         camera_hz = next((s.rate_hz for s in contract.observations.values() if "Image" in s.type), contract.rate_hz)
         self.steps_per_frame = max(1, round(contract.rate_hz / (camera_hz or contract.rate_hz)))
         self._state = np.zeros(STATE_SIZE)
         self.success = False
-        self.last_frame = np.zeros((camera_size, camera_size, 3), dtype=np.uint8)
         self._check_vectors()
 
     def reset(self, seed: int) -> None:
@@ -127,9 +126,26 @@ class MetaWorld:
         self.success = self.success or bool(details["success"])
 
     def render(self) -> np.ndarray:
-        """The camera's picture, (H, W, 3) uint8 RGB."""
-        self._renderer.update_scene(self._env.data, camera=self.camera)
-        pixels = self._renderer.render()
+        """What the robot's camera sees, (camera_size, camera_size, 3) uint8 RGB."""
+        return self._render(self._renderer)
+
+    def render_for_people(self) -> np.ndarray:
+        """The same view in a size for people, (VIDEO_SIZE, VIDEO_SIZE, 3) uint8 RGB."""
+        if self._video_renderer is None:
+            self._video_renderer = self._make_renderer(VIDEO_SIZE)
+        return self._render(self._video_renderer)
+
+    def _make_renderer(self, size: int) -> Any:
+        mujoco, _, _ = _libraries()
+        renderer = mujoco.Renderer(self._env.model, size, size)
+        # Shadow maps of 4096 pixels cost ten times the rest of the picture.
+        renderer.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = 0
+        renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
+        return renderer
+
+    def _render(self, renderer: Any) -> np.ndarray:
+        renderer.update_scene(self._env.data, camera=self.camera)
+        pixels = renderer.render()
         return np.ascontiguousarray(pixels[::-1, ::-1] if self.camera in ROTATED_CAMERAS else pixels)
 
     def observe_state(self, stamp_ns: int) -> list[Message]:
@@ -143,7 +159,7 @@ class MetaWorld:
 
     def observe_camera(self, stamp_ns: int) -> list[Message]:
         """The camera streams of the contract at ``stamp_ns``."""
-        pixels = self.last_frame = self.render()
+        pixels = self.render()
         if self._black:
             pixels = np.zeros_like(pixels)
         out = []
@@ -158,8 +174,10 @@ class MetaWorld:
         return out
 
     def close(self) -> None:
-        """Free the renderer."""
+        """Free the renderers."""
         self._renderer.close()
+        if self._video_renderer is not None:
+            self._video_renderer.close()
 
     def _vectors(self) -> dict[str, np.ndarray]:
         """What Meta-World can tell: its 39 numbers, hand position and gripper opening alone, and the arm's joints."""

@@ -17,7 +17,7 @@ from vla_core.model.action_head.base import (
     register_action_head,
 )
 from vla_core.model.action_head.diffusion_action_head import DiffusionHeadConfig
-from vla_core.model.action_head.mlp_action_head import MLPHeadConfig
+from vla_core.model.action_head.mlp_action_head import MLPActionHead, MLPHeadConfig
 
 HEADS = [
     DiffusionHeadConfig(),
@@ -138,17 +138,19 @@ def test_an_unknown_head_is_named_with_the_choices() -> None:
 
 
 def test_an_outsider_adds_a_head(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        "vla_core.model.action_head.base.ACTION_HEAD_REGISTRY", dict(ACTION_HEAD_REGISTRY)
-    )
-    stand_in = register_action_head("stand_in")(ACTION_HEAD_REGISTRY["mlp"])
+    base = "vla_core.model.action_head.base.ACTION_HEAD_REGISTRY"
+    monkeypatch.setattr(base, dict(ACTION_HEAD_REGISTRY))
+
+    @register_action_head("stand_in")
+    class StandIn(MLPActionHead):
+        pass
 
     class Config(MLPHeadConfig):
         type = "stand_in"  # type: ignore[assignment]
 
-    assert stand_in is ACTION_HEAD_REGISTRY["mlp"]
-    with pytest.raises(VlaError, match="registered twice"):
-        register_action_head("mlp")(stand_in)
+    assert isinstance(build(Config()), StandIn)
+    with pytest.raises(VlaError, match="'stand_in' is registered twice"):
+        register_action_head("stand_in")(StandIn)
 
 
 @pytest.mark.parametrize(

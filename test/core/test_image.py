@@ -1,0 +1,138 @@
+"""Camera messages to RGB, against numpy and PIL."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from vla_core.observation.decode import decode
+from vla_core.observation.image import encode_jpeg, raw_to_rgb, resize
+from vla_core.observation.messages import MessageError, compressed_image, serialize
+
+from .helpers import CONTRACT, IMAGE, raw_image, with_stream
+
+COMPRESSED = with_stream("camera", type="sensor_msgs/msg/CompressedImage").stream("camera")
+# encoding -> channels of the message, and where red, green and blue are among them
+ORDERS = {"rgb8": (3, (0, 1, 2)), "bgr8": (3, (2, 1, 0)), "rgba8": (4, (0, 1, 2)), "bgra8": (4, (2, 1, 0)),
+          "mono8": (1, (0, 0, 0))}  # fmt: skip
+sizes = st.integers(1, 9)
+
+
+@pytest.mark.parametrize("encoding", ORDERS)
+@given(height=sizes, width=sizes, padding=st.integers(0, 5), surplus=st.integers(0, 3), seed=st.integers(0, 99))
+def test_raw(encoding: str, height: int, width: int, padding: int, surplus: int, seed: int) -> None:
+    channels, order = ORDERS[encoding]
+    step = width * channels + padding
+    data = np.random.default_rng(seed).integers(0, 256, step * height + surplus, dtype=np.uint8)
+    fields = {"height": height, "width": width, "step": step, "encoding": encoding}
+    expected = np.array([
+        [[data[y * step + x * channels + c] for c in order] for x in range(width)] for y in range(height)
+    ])  # fmt: skip
+    found = decode(CONTRACT.stream("camera"), serialize(IMAGE, raw_image(data, **fields)))
+    assert isinstance(found, np.ndarray) and found.dtype == np.uint8
+    np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("encoding", ["16UC1", "mono16", "bayer_rggb8", "32FC1", "", "RGB8"])
+def test_an_unsupported_encoding_names_the_choices(encoding: str) -> None:
+    message = raw_image(bytes(64), height=2, width=2, step=16, encoding=encoding)
+    with pytest.raises(MessageError, match=rf"^cam/raw: .*'{encoding}'.*bgr8, bgra8, mono8, rgb8, rgba8"):
+        decode(CONTRACT.stream("camera"), serialize(IMAGE, message))
+
+
+@pytest.mark.parametrize(
+    ("size", "fields"),
+    [
+        (23, {"height": 2, "width": 4, "step": 12}),
+        (0, {"height": 2, "width": 4, "step": 12}),
+        (24, {"height": 2, "width": 4, "step": 11}),
+        (24, {"height": 2, "width": 4, "step": 0}),
+        (24, {"height": 0, "width": 4, "step": 12}),
+        (24, {"height": 2, "width": 0, "step": 12}),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(size: int, fields: dict[str, int]) -> None:
+    with pytest.raises(MessageError, match=rf"{fields['width']}x{fields['height']} rgb8 .*found {size} bytes"):
+        raw_to_rgb(raw_image(bytes(size), encoding="rgb8", **fields))
+
+
+def smooth(height: int = 40, width: int = 56) -> np.ndarray:
+    """A picture that JPEG keeps well, with no symmetry."""
+    y, x = np.mgrid[:height, :width]
+    return np.stack([4 * x, 6 * y, 90 + 40 * np.sin(x / 9) + y], -1).clip(0, 255).astype(np.uint8)
+
+
+def file_bytes(picture: Image.Image, kind: str, **options: object) -> bytes:
+    stream = io.BytesIO()
+    picture.save(stream, kind, **options)  # type: ignore[arg-type]
+    return stream.getvalue()
+
+
+def decoded(encoded: bytes, kind: str = "jpeg") -> np.ndarray:
+    data = compressed_image(0, np.frombuffer(encoded, np.uint8), kind)
+    return np.asarray(decode(COMPRESSED, data))
+
+
+def test_png_is_exact() -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (17, 23, 3), dtype=np.uint8)
+    np.testing.assert_array_equal(decoded(file_bytes(Image.fromarray(noise), "PNG"), "png"), noise)
+
+
+def test_grey_and_palette_files_become_rgb() -> None:
+    grey = Image.fromarray(smooth()[..., 0])
+    np.testing.assert_array_equal(decoded(file_bytes(grey, "PNG")), np.asarray(grey.convert("RGB")))
+    palette = Image.fromarray(smooth()).quantize(16)
+    np.testing.assert_array_equal(decoded(file_bytes(palette, "PNG")), np.asarray(palette.convert("RGB")))
+
+
+def test_jpeg_is_what_pil_sees() -> None:
+    encoded = file_bytes(Image.fromarray(smooth()), "JPEG", quality=90)
+    expected = np.asarray(Image.open(io.BytesIO(encoded)).convert("RGB")).astype(int)
+    difference = np.abs(decoded(encoded).astype(int) - expected)
+    assert difference.max() <= 4, "two decoders may round differently, no more"
+
+
+def test_our_jpeg_is_read_by_pil_in_the_right_colours_and_keeps_single_pixels() -> None:
+    picture = smooth()
+    picture[20, 30] = (255, 0, 0)
+    seen = np.asarray(Image.open(io.BytesIO(encode_jpeg(picture).tobytes()))).astype(int)
+    assert np.abs(seen - picture.astype(int)).mean() < 2
+    red, green, blue = seen[20, 30]
+    assert red - max(green, blue) > 120, "chroma at half resolution would wash a single red pixel out"
+
+
+def test_pixels_are_as_stored_whatever_a_camera_writes_into_exif() -> None:
+    """A rotation tag must not turn what the robot sees: raw and compressed streams of one camera agree."""
+    exif = Image.Exif()
+    exif[0x0112] = 6  # "rotate by 90 degrees"
+    encoded = file_bytes(Image.fromarray(smooth()), "JPEG", exif=exif)
+    assert decoded(encoded).shape == smooth().shape
+
+
+@pytest.mark.parametrize("encoded", [b"", b"\0" * 100, b"\x89PNG\r\n\x1a\n" + b"\0" * 50, b"\xff\xd8\xff"])
+def test_what_is_no_picture_is_refused(encoded: bytes) -> None:
+    with pytest.raises(MessageError, match=rf"^cam/raw: .*{len(encoded)} bytes.*'jpeg'"):
+        decoded(encoded)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+@pytest.mark.parametrize("part", [0.3, 0.6, 0.95])
+def test_a_truncated_picture_is_refused_not_half_grey(kind: str, part: float) -> None:
+    noise = np.random.default_rng(1).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    encoded = file_bytes(Image.fromarray(noise), kind)
+    with pytest.raises(MessageError, match=r"^cam/raw: "):
+        decoded(encoded[: int(len(encoded) * part)])
+
+
+def test_resize_keeps_equal_sizes_and_averages_areas() -> None:
+    noise = np.random.default_rng(2).integers(0, 256, (12, 20, 3), dtype=np.uint8)
+    assert resize(noise, 12, 20) is noise
+    blocks = noise.reshape(6, 2, 5, 4, 3).astype(float).mean((1, 3))
+    assert np.abs(resize(noise, 6, 5).astype(float) - blocks).max() <= 0.5 + 1e-9
+    flat = np.full((4, 4, 3), 77, dtype=np.uint8)
+    assert resize(flat, 9, 7).shape == (9, 7, 3) and (resize(flat, 9, 7) == 77).all()

@@ -1,0 +1,168 @@
+"""The memory buffer against a plain list of everything that was ever added."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from vla_core.observation.memory_buffer import MemoryBuffer
+
+SPAN = 20
+MAX_BYTES = 30
+
+
+class AgainstAList(RuleBasedStateMachine):
+    """The model keeps (stamp, message) pairs and computes by its rules, in the simplest way, what must be there.
+
+    Stamps stay within one span of the newest, so that nothing counts as a clock that jumped (tested apart).
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.buffer = MemoryBuffer(["s"], span_ns=SPAN, max_bytes=MAX_BYTES)
+        self.model: list[tuple[int, bytes]] = []
+        self.count = 0
+
+    @rule(offset=st.integers(-SPAN, SPAN), size=st.integers(1, 12))
+    def add(self, offset: int, size: int) -> None:
+        newest = max((stamp for stamp, _ in self.model), default=100)
+        stamp = newest + offset
+        self.count += 1
+        data = bytes([self.count % 256]) * size
+        kept = self.buffer.add("s", stamp, data)
+        if any(stamp == other for other, _ in self.model):
+            assert not kept, "the first message of a stamp stays"
+            return
+        self.model.append((stamp, data))
+        newest = max(s for s, _ in self.model)
+        self.model = sorted(pair for pair in self.model if pair[0] >= newest - SPAN)
+        while len(self.model) > 1 and sum(len(d) for _, d in self.model) > MAX_BYTES:
+            self.model.pop(0)
+
+    @rule(offset=st.integers(-SPAN - 5, SPAN + 5))
+    def sample(self, offset: int) -> None:
+        at = max((stamp for stamp, _ in self.model), default=100) + offset
+        past = [pair for pair in self.model if pair[0] <= at]
+        assert self.buffer.sample("s", at) == (max(past) if past else None)
+
+    @invariant()
+    def bounded(self) -> None:
+        assert self.buffer.size_bytes() == sum(len(d) for _, d in self.model)
+        assert self.buffer.size_bytes() <= MAX_BYTES
+        assert self.buffer.newest_ns("s") == max((s for s, _ in self.model), default=None)
+
+
+TestAgainstAList = AgainstAList.TestCase
+TestAgainstAList.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+@given(st.lists(st.tuples(st.integers(0, 200), st.integers(0, 15)), max_size=60), st.integers(-10, 260))
+def test_a_sample_is_never_from_the_future_and_memory_is_bounded(
+    messages: list[tuple[int, int]], at: int
+) -> None:
+    """Any order, any jumps: the two promises that hold whatever comes in."""
+    buffer = MemoryBuffer(["s"], span_ns=SPAN, max_bytes=MAX_BYTES)
+    for stamp, size in messages:
+        buffer.add("s", stamp, bytes(size))
+        assert buffer.size_bytes() <= MAX_BYTES
+        found = buffer.sample("s", at)
+        assert found is None or found[0] <= at
+        if stamp <= at and buffer.newest_ns("s") == stamp:
+            assert found is not None and found[0] == stamp
+
+
+def test_one_huge_message_is_kept_alone() -> None:
+    buffer = MemoryBuffer(["s"], span_ns=SPAN, max_bytes=4)
+    buffer.add("s", 1, b"abc")
+    assert buffer.add("s", 2, b"0123456789")
+    assert buffer.sample("s", 2) == (2, b"0123456789") and buffer.sample("s", 1) is None
+
+
+def test_a_message_that_does_not_fit_is_reported_as_not_kept() -> None:
+    buffer = MemoryBuffer(["s"], span_ns=SPAN, max_bytes=4)
+    assert buffer.add("s", 10, b"1234")
+    assert not buffer.add("s", 5, b"12")
+    assert buffer.sample("s", 9) is None
+
+
+def test_streams_do_not_mix_and_unknown_ones_are_refused() -> None:
+    buffer = MemoryBuffer(["a", "b"])
+    buffer.add("a", 1, b"a")
+    assert buffer.sample("b", 5) is None
+    with pytest.raises(KeyError):
+        buffer.add("c", 1, b"c")
+
+
+def test_a_latched_stream_holds_its_newest_for_ever() -> None:
+    buffer = MemoryBuffer(["text"], latched=["text"], span_ns=SPAN)
+    buffer.add("text", 5, b"old")
+    buffer.add("text", 7, b"new")
+    assert buffer.sample("text", 7 + 1000 * SPAN) == (7, b"new")
+    buffer.start_episode(500)
+    assert buffer.sample("text", 600) == (7, b"new")
+    buffer.add("text", 400, b"newer")
+    assert buffer.sample("text", 600) == (400, b"newer"), "an instruction from before the episode still holds"
+    assert buffer.size_bytes() == len(b"newer")
+
+
+def test_start_episode_forgets_and_refuses_the_past() -> None:
+    buffer = MemoryBuffer(["s"], span_ns=SPAN)
+    for stamp in (95, 100, 105):
+        buffer.add("s", stamp, b"x")
+    buffer.start_episode(100)
+    assert buffer.sample("s", 99) is None
+    assert buffer.sample("s", 102) == (100, b"x"), "the first tick of the episode belongs to it"
+    assert buffer.sample("s", 110) == (105, b"x")
+    assert not buffer.add("s", 99, b"late")
+    assert buffer.sample("s", 99) is None
+    assert buffer.size_bytes() == 2
+
+
+def test_an_episode_on_a_clock_that_was_set_back_starts_empty() -> None:
+    buffer = MemoryBuffer(["s"], span_ns=SPAN)
+    buffer.add("s", 10_000, b"future")
+    buffer.start_episode(0)
+    assert buffer.sample("s", 20_000) is None
+    assert buffer.add("s", 1, b"now") and buffer.sample("s", 5) == (1, b"now")
+
+
+def test_a_clock_that_jumps_back_starts_anew() -> None:
+    buffer = MemoryBuffer(["s"], span_ns=SPAN)
+    buffer.add("s", 10_000, b"before")
+    assert buffer.add("s", 1, b"after")
+    assert buffer.sample("s", 20_000) == (1, b"after"), "the future that never comes is gone"
+
+
+def test_a_clock_that_jumps_back_within_an_episode_starts_anew() -> None:
+    """A bag that loops, a simulator that restarts: nobody announces an episode for it."""
+    buffer = MemoryBuffer(["s"], span_ns=SPAN)
+    buffer.start_episode(10_000)
+    buffer.add("s", 10_005, b"before")
+    buffer.add("s", 1, b"after")
+    assert buffer.sample("s", 5) == (1, b"after")
+
+
+def test_threads_that_add_and_sample_see_whole_messages() -> None:
+    buffer = MemoryBuffer(["s"], span_ns=50, max_bytes=4000)
+    wrong: list[object] = []
+
+    def fill() -> None:
+        for stamp in range(3000):
+            buffer.add("s", stamp, stamp.to_bytes(4, "big") * 10)
+
+    def look() -> None:
+        for at in range(0, 3000, 3):
+            found = buffer.sample("s", at)
+            if found and (found[0] > at or found[1] != found[0].to_bytes(4, "big") * 10):
+                wrong.append(found)
+
+    threads = [threading.Thread(target=fill), *(threading.Thread(target=look) for _ in range(3))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert not wrong and buffer.newest_ns("s") == 2999

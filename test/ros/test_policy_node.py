@@ -1,0 +1,263 @@
+"""The policy node: lifecycle, refusals, and what it does when its inputs fail."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from diagnostic_msgs.msg import DiagnosticArray
+from rclpy.lifecycle import TransitionCallbackReturn
+from sensor_msgs.msg import JointState
+from std_msgs.msg import String
+
+from vla_core.config import to_dict
+from vla_core.contract import RobotContract
+from vla_core.observation import messages
+from vla_core.observation.image import encode_jpeg
+from vla_ros.bridge import COMMAND_QOS, message_class, stream_qos
+from vla_ros.msg import ActionChunk
+from vla_ros.policy_node import PolicyNode
+
+from .conftest import DEADLINE_S, Ros, parameters
+
+OK = TransitionCallbackReturn.SUCCESS
+
+
+def make_policy(ros: Ros, checkpoint: Path, **values: Any) -> PolicyNode:
+    overrides = parameters(checkpoint=str(checkpoint), autostart=False, **values)
+    node: PolicyNode = ros.add(PolicyNode(context=ros.context, parameter_overrides=overrides))
+    return node
+
+
+class Robot:
+    """Publishes what a robot would, and keeps what it is told."""
+
+    def __init__(self, ros: Ros, contract: RobotContract) -> None:
+        self.ros, self.contract = ros, contract
+        self.node = ros.node("robot")
+        self.publishers = {
+            name: self.node.create_publisher(message_class(s.type), s.topic, stream_qos(s))
+            for name, s in contract.observations.items()
+        }
+        self.commands: list[JointState] = []
+        self.chunks: list[ActionChunk] = []
+        self.diagnostics: list[Any] = []
+        action = contract.action
+        self.node.create_subscription(JointState, action.topic, self.commands.append, COMMAND_QOS)
+        self.node.create_subscription(ActionChunk, "action_chunk", self.chunks.append, COMMAND_QOS)
+        self.node.create_subscription(
+            DiagnosticArray, "/diagnostics", lambda m: self.diagnostics.extend(m.status), 10
+        )
+        self.publishers["instruction"].publish(String(data="push the puck to the goal"))
+
+    def observe(self, *, image: bool = True, stamp_ns: int | None = None) -> int:
+        stamp = self.node.get_clock().now().nanoseconds if stamp_ns is None else stamp_ns
+        state = self.contract.observations["state"]
+        self.publishers["state"].publish(
+            messages.joint_state(stamp, state.names, "position", np.zeros(len(state.names)))
+        )
+        if image:
+            pixels = np.full((64, 64, 3), 100, dtype=np.uint8)
+            self.publishers["image"].publish(messages.compressed_image(stamp, encode_jpeg(pixels), "jpeg"))
+        return stamp
+
+    def drive_until(self, condition: Any, what: str, *, image: bool = True) -> None:
+        """Publish at about the contract's rate until ``condition`` holds."""
+        last = 0.0
+
+        def done() -> bool:
+            nonlocal last
+            if time.monotonic() - last > 0.0125:
+                last = time.monotonic()
+                self.observe(image=image)
+            return bool(condition())
+
+        self.ros.spin_until(done, what)
+
+    def fault(self, words: str) -> bool:
+        return any(words in status.message for status in self.diagnostics)
+
+
+def test_lifecycle_there_and_back(ros: Ros, checkpoint: Path, contract: RobotContract) -> None:
+    policy = make_policy(ros, checkpoint)
+    robot = Robot(ros, contract)
+    for _ in range(2):  # whatever configure makes, cleanup must undo
+        assert policy.trigger_configure() == OK
+        robot.drive_until(lambda: policy.core.buffer.newest_ns("image"), "a stored image")  # type: ignore[union-attr]
+        assert not robot.commands, "an inactive policy must not command"
+        assert policy.trigger_activate() == OK
+        robot.drive_until(lambda: len(robot.commands) > 5, "commands")
+        count = len(robot.commands)
+        assert policy.trigger_deactivate() == OK
+        ros.spin_until(lambda: len(robot.commands) > count and robot.commands[-1].velocity[0] == 0.0, "the safe action")
+        assert list(robot.commands[-1].velocity[:3]) == [0.0, 0.0, 0.0]
+        assert robot.commands[-1].velocity[3] == robot.commands[-2].velocity[3], "the grip is held"
+        assert policy.trigger_cleanup() == OK
+        assert policy.core is None
+        robot.commands.clear()
+    assert policy.trigger_configure() == OK
+    assert policy.trigger_shutdown() == OK
+
+
+def test_chunks_carry_their_place_in_time(ros: Ros, checkpoint: Path, contract: RobotContract) -> None:
+    policy = make_policy(ros, checkpoint)
+    robot = Robot(ros, contract)
+    assert policy.trigger_configure() == OK and policy.trigger_activate() == OK
+    robot.drive_until(lambda: len(robot.chunks) > 2, "chunks")
+    chunk = robot.chunks[-1]
+    step_ns = chunk.step.sec * 10**9 + chunk.step.nanosec
+    observed_ns = chunk.observation_stamp.sec * 10**9 + chunk.observation_stamp.nanosec
+    until_ns = chunk.valid_until.sec * 10**9 + chunk.valid_until.nanosec
+    assert step_ns == 12_500_000 and chunk.horizon == 8
+    assert until_ns == observed_ns + 8 * step_ns
+    assert list(chunk.names) == list(contract.action.names) and list(chunk.units) == list(contract.action.units)
+    assert len(chunk.actions) == 8 * 4
+    assert policy.trigger_deactivate() == OK
+
+
+def test_synchronous_answers_each_observation_once(ros: Ros, checkpoint: Path, contract: RobotContract) -> None:
+    policy = make_policy(ros, checkpoint, inference="synchronous")
+    robot = Robot(ros, contract)
+    assert policy.trigger_configure() == OK and policy.trigger_activate() == OK
+    ros.spin_until(lambda: robot.publishers["state"].get_subscription_count() == 1, "a match")
+    ros.spin_until(lambda: robot.publishers["image"].get_subscription_count() == 1, "a match")
+    ros.spin_until(lambda: policy.core.buffer.newest_ns("instruction") is not None, "the instruction")  # type: ignore[union-attr]
+    stamps = []
+    for step in range(12):
+        stamps.append(robot.observe(stamp_ns=10**9 + step * 12_500_000, image=step % 4 == 0))
+        ros.spin_until(lambda: len(robot.commands) == len(stamps), f"the answer to step {step}")
+    answered = [c.header.stamp.sec * 10**9 + c.header.stamp.nanosec for c in robot.commands]
+    assert answered == stamps
+    assert len(robot.chunks) == 3, "one inference for every four steps"
+
+
+def test_stale_camera_leads_to_the_safe_action_and_is_named(
+    ros: Ros, checkpoint: Path, contract: RobotContract
+) -> None:
+    policy = make_policy(ros, checkpoint)
+    robot = Robot(ros, contract)
+    assert policy.trigger_configure() == OK and policy.trigger_activate() == OK
+    robot.drive_until(lambda: len(robot.commands) > 3, "commands")
+    robot.drive_until(
+        lambda: robot.fault("image (camera/image_raw/compressed)") or robot.fault("no chunk covers"),
+        "a diagnostic", image=False,
+    )  # fmt: skip
+    ros.spin_until(lambda: list(robot.commands[-1].velocity[:3]) == [0.0, 0.0, 0.0], "zero velocity")
+    assert policy.trigger_deactivate() == OK
+
+
+def test_bad_messages_are_named_and_harm_nothing(ros: Ros, checkpoint: Path, contract: RobotContract) -> None:
+    policy = make_policy(ros, checkpoint)
+    robot = Robot(ros, contract)
+    assert policy.trigger_configure() == OK and policy.trigger_activate() == OK
+    robot.drive_until(lambda: len(robot.commands) > 3, "commands")
+
+    def broken() -> bool:
+        robot.publishers["image"].publish(
+            messages.compressed_image(robot.node.get_clock().now().nanoseconds, np.arange(9, dtype=np.uint8), "jpeg")
+        )
+        robot.observe(image=False)
+        return robot.fault("does not decode")
+
+    ros.spin_until(broken, "a diagnostic that names the broken image")
+    count = len(robot.commands)
+    robot.drive_until(lambda: any(c.velocity[0] != 0.0 for c in robot.commands[count:]), "recovery")
+    assert policy.trigger_deactivate() == OK
+
+
+def test_wrong_names_in_a_state_are_listed(ros: Ros, checkpoint: Path, contract: RobotContract) -> None:
+    policy = make_policy(ros, checkpoint)
+    robot = Robot(ros, contract)
+    assert policy.trigger_configure() == OK and policy.trigger_activate() == OK
+
+    def wrong() -> bool:
+        now = robot.node.get_clock().now().nanoseconds
+        robot.observe(stamp_ns=now - 1)
+        robot.publishers["state"].publish(messages.joint_state(now, ("elbow",), "position", np.zeros(1)))
+        return robot.fault("the message has: elbow")
+
+    ros.spin_until(wrong, "a diagnostic that lists the names")
+    assert policy.trigger_deactivate() == OK
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda folder: (folder / "statistics.json").unlink(), ["statistics.json missing"]),
+        (lambda folder: (folder / "statistics.json").write_text('{"state": {"mean": [0.0]}}'), ["state", "39"]),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"no"), ["model.safetensors", "damaged"]),
+        (lambda folder: shutil.rmtree(folder), ["not a checkpoint", "no such folder"]),
+    ],
+)  # fmt: skip
+def test_a_bad_checkpoint_fails_configure(
+    ros: Ros, checkpoint: Path, tmp_path: Path, damage: Any, words: list[str]
+) -> None:
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(checkpoint, folder)
+    damage(folder)
+    policy = make_policy(ros, folder)
+    assert policy.trigger_configure() == TransitionCallbackReturn.FAILURE
+    assert all(word in policy.fault for word in words), policy.fault
+    assert "Traceback" not in policy.fault and "\n" not in policy.fault
+
+
+def test_another_contract_fails_configure_and_names_both_sides(
+    ros: Ros, checkpoint: Path, contract: RobotContract, tmp_path: Path
+) -> None:
+    robot = tmp_path / "robot.yaml"
+    robot.write_text(dataclasses.replace(contract, rate_hz=50.0).to_yaml())
+    policy = make_policy(ros, checkpoint, contract=str(robot))
+    assert policy.trigger_configure() == TransitionCallbackReturn.FAILURE
+    for words in ("rate_hz", "80.0", "50.0", str(robot), str(checkpoint)):
+        assert words in policy.fault
+
+
+def test_a_robot_may_remap_topics(ros: Ros, checkpoint: Path, contract: RobotContract, tmp_path: Path) -> None:
+    data = to_dict(contract)
+    data["observations"]["image"]["topic"] = "front/compressed"
+    robot = tmp_path / "robot.yaml"
+    import yaml
+
+    robot.write_text(yaml.safe_dump(data))
+    policy = make_policy(ros, checkpoint, contract=str(robot))
+    assert policy.trigger_configure() == OK
+    topics = {info.node_name for info in policy.get_subscriptions_info_by_topic("/front/compressed")}
+    ros.spin_until(lambda: policy.count_subscribers("/front/compressed") == 1, f"the remapped topic {topics}")
+
+
+def test_ctrl_c_sends_the_safe_action_and_exits_with_0(
+    ros: Ros, checkpoint: Path, contract: RobotContract
+) -> None:
+    robot = Robot(ros, contract)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "vla_ros.policy_node", "--ros-args", "-p", f"checkpoint:={checkpoint}"],
+        env=os.environ.copy(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    try:
+        robot.drive_until(lambda: any(c.velocity[0] != 0.0 for c in robot.commands), "commands")
+        process.send_signal(signal.SIGINT)
+        ros.spin_until(lambda: process.poll() is not None, "the process's end", DEADLINE_S)
+        ros.spin_until(lambda: list(robot.commands[-1].velocity[:3]) == [0.0, 0.0, 0.0], "the safe action", 5.0)
+    finally:
+        process.kill()
+        output = process.communicate()[0]
+    assert process.returncode == 0, output
+
+
+def test_a_checkpoint_that_is_missing_ends_the_process_with_one_line(domain: int, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "vla_ros.policy_node", "--ros-args", "-p", f"checkpoint:={tmp_path / 'none'}"],
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
+    assert len(lines) == 1 and "not a checkpoint" in lines[0], lines

@@ -1,0 +1,64 @@
+"""``vla demo``'s command line, apart from the demo itself, whose imports take seconds."""
+
+from __future__ import annotations
+
+import argparse
+import webbrowser
+from dataclasses import dataclass
+from os import environ
+from pathlib import Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoOptions:
+    """What ``vla demo`` is asked for."""
+
+    out: Path
+    task: str
+    camera: str
+    episodes: int
+    recipe: str
+    seed: int
+    evaluation_episodes: int
+    held_out_episodes: int
+    realtime_episodes: int
+    max_steps: int
+    overrides: tuple[str, ...]
+    baseline_steps: int | None
+
+
+def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add `demo` to the `vla` command line."""
+    parser = commands.add_parser("demo", help="record, train, run live, replay and report, on Meta-World")
+    parser.add_argument("--task", default="push-v3", help="Meta-World task")
+    parser.add_argument("--camera", default="corner2", help="MuJoCo camera of the task")
+    parser.add_argument("--episodes", type=int, default=50, help="demonstrations to record")
+    parser.add_argument("--recipe", default="mini_vla", help="a name in config/train, or a YAML file")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first demonstration")
+    parser.add_argument("--evaluation-episodes", type=int, default=50, help="live episodes per figure")
+    parser.add_argument("--held-out-episodes", type=int, default=5, help="bags for the held-out loss and the replay")
+    parser.add_argument("--realtime-episodes", type=int, default=10, help="live episodes for latencies")
+    parser.add_argument("--max-steps", type=int, default=200, help="control steps after which a live episode failed")
+    parser.add_argument("--baseline-steps", type=int, help="training steps of the baseline; default: its recipe's")
+    parser.add_argument("--out", type=Path, default=Path("out/demo"), help="its earlier content is removed")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys, such as training.steps=500")
+    parser.set_defaults(run=_run)
+
+
+def _run(parsed: argparse.Namespace) -> int:
+    options = DemoOptions(
+        out=parsed.out, task=parsed.task, camera=parsed.camera, episodes=parsed.episodes,
+        recipe=parsed.recipe, seed=parsed.seed, evaluation_episodes=parsed.evaluation_episodes,
+        held_out_episodes=parsed.held_out_episodes, realtime_episodes=parsed.realtime_episodes,
+        max_steps=parsed.max_steps, overrides=tuple(parsed.overrides),
+        baseline_steps=parsed.baseline_steps,
+    )  # fmt: skip
+    from vla_ros.demo import Demo
+
+    page = Demo(options).run()
+    print(f"report: {page}")
+    if environ.get("DISPLAY") or environ.get("WAYLAND_DISPLAY"):
+        webbrowser.open(page.resolve().as_uri())
+    return 0
+
+
