@@ -210,8 +210,10 @@ class PolicyNode(LifecycleNode):
 
     def _on_episode(self, message: Episode) -> None:
         if message.state == Episode.START and self.core is not None:
-            self.core.start_episode(Time.from_msg(message.header.stamp).nanoseconds)
-            self._last_tick_ns = -1
+            start_ns = Time.from_msg(message.header.stamp).nanoseconds
+            self.core.start_episode(start_ns)
+            if self._last_tick_ns != start_ns:  # else the first observation overtook this mark and is answered
+                self._last_tick_ns = -1
 
     # Commands out, synchronous.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ class RecorderNode(Node):
         # its way. Topics overtake one another.
         self._early: deque[tuple[str, int, int, bytes]] = deque(maxlen=QUEUE_DEPTH)
         self._end_ns: int | None = None
+        self._in_hand: tuple[str, bytes] | None = None
         path = self._text("contract")
         if not path:
             raise VlaError("parameter contract is empty; name the robot's contract: one in config/robots, or a file")
@@ -58,7 +60,8 @@ class RecorderNode(Node):
             raise VlaError(f"{self._output} is not empty; recordings never overwrite, choose another output")
         self._output.mkdir(parents=True, exist_ok=True)
         self._topics: dict[str, tuple[str, bool]] = {}
-        self._feeds: list[Subscription] = []
+        self._feeds: dict[str, Subscription] = {}
+        self._latched_feeds: dict[str, Subscription] = {}
         self._subscribe()
 
     def stop(self) -> None:
@@ -77,25 +80,31 @@ class RecorderNode(Node):
         self._add_feed(action.topic, action.type, message_class(action.type), RECORDED_QOS, False)
         self._add_feed(CHUNK_TOPIC, CHUNK_TYPE, ActionChunk, RECORDED_QOS, False)
         self._topics[EPISODE_TOPIC] = (EPISODE_TYPE, True)
-        # Last, and as bytes too: its presence on the graph tells others that the recorder is ready.
-        self.create_subscription(Episode, EPISODE_TOPIC, self._on_episode_bytes, EPISODE_QOS, raw=True)
+        # Last: its presence on the graph tells others that the recorder is ready.
+        self._marks = self.create_subscription(Episode, EPISODE_TOPIC, self._on_mark, EPISODE_QOS, raw=True)
 
     def _add_feed(self, topic: str, type_name: str, cls: Any, qos: Any, latched: bool) -> None:
         self._topics[topic] = (type_name, latched)
 
         def store(data: bytes) -> None:
-            self._store(topic, data)
+            # Marks that were sent before this message are there by now, but in a queue of their own.
+            self._in_hand = (topic, data)
+            for mark in _waiting(self._marks):
+                self._on_mark(mark)
+            self._store_in_hand()
 
-        self._feeds.append(self.create_subscription(cls, topic, store, qos, raw=True))
+        feed = self.create_subscription(cls, topic, store, qos, raw=True)
+        (self._latched_feeds if latched else self._feeds)[topic] = feed
 
-    def _store(self, topic: str, data: bytes) -> None:
+    def _store(self, topic: str, data: bytes) -> bool:
+        """Write a message to the bag of its episode; False when it is from after the open one's end."""
         type_name, latched = self._topics[topic]
         receive_ns = self._now_ns()
         if latched:
             self._latched[topic] = data
             if self._writer is not None:
                 self._writer.write(topic, max(receive_ns, self._start_ns), data)
-            return
+            return True
         stamp = header_stamp_ns(type_name, data)
         stamp_ns = receive_ns if stamp is None else stamp
         ended = self._end_ns is not None and stamp_ns > self._end_ns
@@ -103,8 +112,15 @@ class RecorderNode(Node):
             self._early.append((topic, stamp_ns, receive_ns, data))
         elif stamp_ns >= self._start_ns:
             self._writer.write(topic, max(receive_ns, stamp_ns), data)
+        return not ended
 
-    def _on_episode_bytes(self, data: bytes) -> None:
+    def _store_in_hand(self) -> None:
+        """Store the message whose callback runs: it is older than what waits in its queue."""
+        if self._in_hand is not None:
+            (topic, data), self._in_hand = self._in_hand, None
+            self._store(topic, data)
+
+    def _on_mark(self, data: bytes) -> None:
         mark = deserialize_message(data, Episode)
         stamp_ns = Time.from_msg(mark.header.stamp).nanoseconds
         if mark.state == Episode.START:
@@ -119,6 +135,9 @@ class RecorderNode(Node):
             self._close(EPISODE_STATES.get(mark.state, "unknown"))
 
     def _open(self, mark: Any, stamp_ns: int, data: bytes) -> None:
+        for topic, feed in self._latched_feeds.items():
+            for value in _waiting(feed):
+                self._store(topic, value)
         metadata = {
             CONTRACT_KEY: self.contract.to_yaml(), "instruction": mark.instruction, "task": mark.task,
             "seed": str(mark.seed),
@@ -136,11 +155,12 @@ class RecorderNode(Node):
                 self._writer.write(topic, max(receive_ns, message_ns), value)
 
     def _drain(self) -> None:
-        """Take what already lies in the middleware's queues: it was sent before the episode's end."""
-        for feed in self._feeds:
-            with feed.handle:
-                while (taken := feed.handle.take_message(feed.msg_type, True)) is not None:
-                    feed.callback(taken[0])  # type: ignore[call-arg]  # rclpy's type covers the two-argument form too
+        """Take what lies in the middleware's queues, of each topic up to the first message after the episode's end."""
+        self._store_in_hand()
+        for topic, feed in self._feeds.items():
+            for data in _waiting(feed):
+                if not self._store(topic, data):
+                    break
 
     def _close(self, outcome: str) -> None:
         assert self._writer is not None
@@ -158,6 +178,16 @@ class RecorderNode(Node):
 
     def _text(self, name: str) -> str:
         return str(self.get_parameter(name).value)
+
+
+def _waiting(subscription: Subscription) -> Iterator[bytes]:
+    """Take the serialized messages that wait in a subscription's queue, oldest first."""
+    while True:
+        with subscription.handle:
+            taken = subscription.handle.take_message(subscription.msg_type, True)
+        if taken is None:
+            return
+        yield taken[0]
 
 
 def main() -> int:

@@ -52,6 +52,12 @@ class ChunkExecutor:
         with self._lock:
             self._chunk = None
 
+    def start_episode(self, stamp_ns: int) -> None:
+        """Forget a chunk of another episode; one from this episode's first observation may be there already."""
+        with self._lock:
+            if self._chunk and not stamp_ns <= self._chunk.observation_stamp_ns < stamp_ns + self._chunk.step_ns:
+                self._chunk = None
+
     def due(self, at_ns: int) -> bool:
         """Whether a new chunk should be computed from the observation at ``at_ns``."""
         with self._lock:

@@ -49,7 +49,7 @@ class PolicyCore:
     def start_episode(self, stamp_ns: int) -> None:
         """Forget the past: what was seen before ``stamp_ns`` and what was planned from it."""
         self.buffer.start_episode(stamp_ns)
-        self.executor.clear()
+        self.executor.start_episode(stamp_ns)
 
     def infer(self, at_ns: int) -> ActionChunk:
         """Observe and predict at ``at_ns``; raises ``Unobserved`` when a stream is missing or stale."""

@@ -145,8 +145,8 @@ def test_an_outsider_adds_a_head(monkeypatch: pytest.MonkeyPatch) -> None:
     class StandIn(MLPActionHead):
         pass
 
-    class Config(MLPHeadConfig):
-        type = "stand_in"  # type: ignore[assignment]
+    class Config:
+        type, hidden_dim, layers = "stand_in", 16, 1
 
     assert isinstance(build(Config()), StandIn)
     with pytest.raises(VlaError, match="'stand_in' is registered twice"):

@@ -1,0 +1,226 @@
+"""A checkpoint is enough to run, or is refused with what it lacks; saving never spoils what was there."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from vla_core import checkpoint as checkpoint_module
+from vla_core.checkpoint import FILES, Checkpoint, fingerprint
+from vla_core.contract import RobotContract
+from vla_core.errors import VlaError
+from vla_core.observation.builder import Observation
+from vla_core.runtime.policy import Policy, PolicyError
+
+from .helpers import CONTRACT, START, checkpoint, pixels
+
+
+def observation(seed: int = 0) -> Observation:
+    return Observation(START + seed, {"camera": pixels(seed)}, np.array([0.3, -0.7], np.float32), "lift it", {})
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    checkpoint().save(tmp_path / "policy")
+    return tmp_path / "policy"
+
+
+def test_a_loaded_policy_predicts_bit_for_bit_the_same(tmp_path: Path) -> None:
+    original = checkpoint()
+    original.save(tmp_path / "a" / "policy")
+    loaded = Checkpoint.load(tmp_path / "a" / "policy")
+    for seed in range(5):
+        a = Policy(original).predict(observation(seed)).actions
+        b = Policy(loaded).predict(observation(seed)).actions
+        assert a.tobytes() == b.tobytes() and np.ptp(a) > 0
+    assert loaded.config == original.config and loaded.contract == CONTRACT
+    assert loaded.tokenizer.encode("lift it now") == original.tokenizer.encode("lift it now") == [2, 3, 1]
+    assert loaded.normalizer.statistics == original.normalizer.statistics
+    assert sorted(os.listdir(tmp_path / "a" / "policy")) == sorted(FILES)
+
+
+def test_a_prediction_is_in_the_units_of_the_contract(saved: Path) -> None:
+    """min -1/-2, max 1/2: what the model says is scaled by 1 and 2."""
+    policy = Policy.load(saved)
+    with torch.no_grad():
+        for parameter in policy.checkpoint.model.head.parameters():
+            parameter.zero_()
+        policy.checkpoint.model.head.net[-1].bias.fill_(0.5)
+    chunk = policy.predict(observation())
+    np.testing.assert_allclose(chunk.actions, np.tile([0.5, 1.0], (4, 1)))
+    assert (chunk.observation_stamp_ns, chunk.step_ns) == (START, 10_000_000)
+
+
+def test_a_policy_that_predicts_no_number_is_stopped(saved: Path) -> None:
+    policy = Policy.load(saved)
+    with torch.no_grad():
+        next(policy.checkpoint.model.head.parameters()).fill_(float("nan"))
+    with pytest.raises(PolicyError, match=f"non-finite.*{START}"):
+        policy.predict(observation())
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_missing_file_is_named(saved: Path, name: str) -> None:
+    (saved / name).unlink()
+    with pytest.raises(VlaError, match=f"policy: not a checkpoint: {name} missing; found: ") as caught:
+        Checkpoint.load(saved)
+    assert all(other in str(caught.value).split("found")[1] for other in FILES if other != name)
+
+
+def test_no_folder_and_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    for path in (tmp_path / "absent", tmp_path / "file"):
+        with pytest.raises(VlaError, match="not a checkpoint"):
+            Checkpoint.load(path)
+
+
+def edited(path: Path, name: str, change: Callable[[dict], object]) -> None:
+    data = json.loads((path / name).read_text())
+    change(data)
+    (path / name).write_text(json.dumps(data))
+
+
+EDITS: dict[str, tuple[str, Callable[[dict], object], str]] = {
+    "no action statistics": ("statistics.json", lambda d: d.pop("action"), r"no statistics for 'action'.*has: state"),
+    "no statistics": ("statistics.json", lambda d: d.clear(), r"no statistics for 'state'.*\(none\)"),
+    "no deviation": (
+        "statistics.json", lambda d: d["state"].pop("std"), r"'state' lack std for mean_std; they have: max, mean, min"
+    ),
+    "short statistics": (
+        "statistics.json", lambda d: d["action"]["min"].pop(), r"action\.min have 1 entries, not 2"
+    ),
+    "not finite": ("statistics.json", lambda d: d["state"].update(mean=[float("nan"), 0]), r"state.*mean"),
+    "statistics of another kind": ("statistics.json", lambda d: d["state"].update(mean=3), r"state.*mean"),
+    "unknown key": ("config.json", lambda d: d["model"].update(width=3), r"model\.width: unknown key; choices: .*d_model"),
+    "unknown nested key": (
+        "config.json", lambda d: d["model"]["head"].update(depth=1), r"model\.head\.depth: unknown key; choices: .*layers"
+    ),
+    "unknown head": ("config.json", lambda d: d["model"]["head"].update(type="x"), r"model\.head\.type: found 'x'"),
+    "format": ("config.json", lambda d: d.update(format="v9"), r"format 'v9', expected 'vla_ros_checkpoint_v1'"),
+    "steps": ("config.json", lambda d: d["execution"].update(steps=5), r"execution\.steps"),
+    "action dimension": (
+        "config.json", lambda d: d["model"].update(action_dim=3), r"contract has 2 numbers in 'action', the model 3"
+    ),
+    "state dimension": (
+        "config.json", lambda d: d["model"].update(state_dim=3), r"contract has 2 numbers in 'state', the model 3"
+    ),
+    "stream": ("config.json", lambda d: d["observation"].update(state=["lidar"]), r"'lidar'.*arm, camera, task"),
+    "instruction stream": (
+        "config.json", lambda d: d["observation"].update(instruction="lidar"), r"'lidar'.*arm, camera, task"
+    ),
+    "cameras": ("config.json", lambda d: d["model"].update(cameras=["wrist"]), r"wrist.*camera"),
+    "tokenizer words": (
+        "tokenizer.json", lambda d: d["words"].extend(["a", "b"]), r"tokenizer.*6.*4|6 words.*4|vocab_size"
+    ),
+    "tokenizer type": ("tokenizer.json", lambda d: d.update(type="bpe"), r"expected type 'word'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", EDITS)
+def test_what_does_not_fit_is_refused_at_load(saved: Path, case: str) -> None:
+    name, change, message = EDITS[case]
+    edited(saved, name, change)
+    with pytest.raises(VlaError, match=message) as caught:
+        Checkpoint.load(saved)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["config.json", "statistics.json", "tokenizer.json", "contract.yaml"])
+@pytest.mark.parametrize("content", [b"{", b"[]", b"3", b"\xff\xfe", b""])
+def test_files_of_another_kind_are_an_error_that_names_them(saved: Path, name: str, content: bytes) -> None:
+    (saved / name).write_bytes(content)
+    with pytest.raises(VlaError, match=r"config|statistics|tokenizer|contract") as caught:
+        Checkpoint.load(saved)
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_that_do_not_fit_are_named(saved: Path) -> None:
+    file = saved / "model.safetensors"
+    good = load_file(file)
+    name = "head.net.0.weight"
+    cases = {
+        rf"missing \['{name}'\], unexpected none": {k: v for k, v in good.items() if k != name},
+        r"missing none, unexpected \['extra'\]": {**good, "extra": torch.zeros(1)},
+        rf"'{name} \(1, 2\) instead of \(64, 32\)'": {**good, name: torch.zeros(1, 2)},
+    }
+    for message, weights in cases.items():
+        save_file(weights, file)
+        with pytest.raises(VlaError, match=message):
+            Checkpoint.load(saved)
+
+
+def test_truncated_weights_are_named(saved: Path) -> None:
+    file = saved / "model.safetensors"
+    for size in (file.stat().st_size // 2, 4, 0):
+        os.truncate(file, size)
+        with pytest.raises(VlaError, match=r"model\.safetensors: damaged") as caught:
+            Checkpoint.load(saved)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_contract_with_another_action_dimension_is_refused(saved: Path) -> None:
+    action = dataclasses.replace(CONTRACT.action, names=("shoulder", "elbow", "wrist"), units=("r", "r", "r"),
+                                 low=(-1, -1, -1), high=(1, 1, 1), safe=("zero",) * 3)  # fmt: skip
+    other: RobotContract = dataclasses.replace(CONTRACT, action=action)
+    (saved / "contract.yaml").write_text(other.to_yaml())
+    with pytest.raises(VlaError, match="contract has 3 numbers in 'action', the model 2"):
+        Checkpoint.load(saved)
+
+
+@pytest.mark.parametrize("failing", ["save_file", "_replace"])
+def test_a_save_that_fails_leaves_the_old_one(saved: Path, monkeypatch: pytest.MonkeyPatch, failing: str) -> None:
+    before = fingerprint(saved)
+
+    def fail(*args: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(checkpoint_module, failing, fail)
+    with pytest.raises(OSError, match="disk full"):
+        checkpoint().save(saved)
+    assert fingerprint(saved) == before
+    Checkpoint.load(saved)
+    assert os.listdir(saved.parent) == ["policy"]
+
+
+def test_a_rename_that_fails_midway_leaves_the_old_one(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, real, calls = fingerprint(saved), os.replace, []
+
+    def replace(source: Path, target: Path) -> None:
+        calls.append(target)
+        if len(calls) == 2:
+            raise OSError("not now")
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(OSError, match="not now"):
+        checkpoint().save(saved)
+    monkeypatch.undo()
+    Checkpoint.load(saved)
+    assert fingerprint(saved) == before
+
+
+def test_a_new_checkpoint_replaces_the_old_one(saved: Path) -> None:
+    before = fingerprint(saved)
+    new = checkpoint()
+    new.save(saved)
+    assert fingerprint(saved) != before
+    expected = Policy(new).predict(observation()).actions
+    np.testing.assert_array_equal(Policy.load(saved).predict(observation()).actions, expected)
+    assert os.listdir(saved.parent) == ["policy"]
+
+
+def test_a_folder_that_is_no_checkpoint_is_not_deleted(tmp_path: Path) -> None:
+    """--out with a slip of the hand must not cost somebody's files."""
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.txt").write_text("years")
+    with pytest.raises(VlaError, match="home"):
+        checkpoint().save(tmp_path / "home")
+    assert (tmp_path / "home" / "thesis.txt").read_text() == "years"
