@@ -53,7 +53,8 @@ class Demo:
         self.recipe = load_recipe(options.recipe, options.overrides)
         steps = options.baseline_steps
         self.baseline = load_recipe(BASELINE, [f"training.steps={steps}"] if steps is not None else [])
-        MetaWorld(options.task, options.camera, self.contract).close()
+        self.camera = options.camera or self.recipe.camera
+        MetaWorld(options.task, self.camera, self.contract).close()
 
     def run(self) -> Path:
         """Run everything; returns the report's page."""
@@ -83,7 +84,7 @@ class Demo:
         replayed = self._replay(held_out_bags)
         return write_report(
             DemoResult(
-                task=options.task, camera=options.camera, recipe=options.recipe, contract=self.contract,
+                task=options.task, camera=self.camera, recipe=options.recipe, contract=self.contract,
                 demonstrations=len(bags), frames=data.frames, bag_bytes=_bytes(self.out / "bags"),
                 training=result, history=[(p.step, p.loss, p.validation_loss) for p in history], live=live,
                 black_camera=black, swapped=swapped, swapped_instruction=other, baseline=baseline,
@@ -96,7 +97,7 @@ class Demo:
     def _record(self, title: str, folder: str, episodes: int, seed: int) -> list[Path]:
         options = self.options
         self._graph(title, "record_demo", output=str(self.out / folder), task=options.task,
-                    camera=options.camera, seed=seed, episodes=episodes)  # fmt: skip
+                    camera=self.camera, seed=seed, episodes=episodes)  # fmt: skip
         return find_bags([self.out / folder])
 
     def _datasets(
@@ -117,7 +118,7 @@ class Demo:
                     history.append(progress)
                     advance(progress.step, progress.note)
 
-            provenance = {"recipe": name, "task": self.options.task, "camera": self.options.camera}
+            provenance = {"recipe": name, "task": self.options.task, "camera": self.camera}
             result = train(recipe, data, held_out, self.out / "tensorboard" / folder.name, report, provenance)
         result.checkpoint.save(folder)
         return result
@@ -128,7 +129,7 @@ class Demo:
         count = options.evaluation_episodes if episodes is None else episodes
         folder = self.out / "live" / re.sub(r"\W+", "_", title)
         self._graph(title, "push_demo", checkpoint=str(self.out / checkpoint), task=options.task,
-                    camera=options.camera, clock=clock, inference=inference, episodes=count, seed=EVALUATION_SEED,
+                    camera=self.camera, clock=clock, inference=inference, episodes=count, seed=EVALUATION_SEED,
                     max_steps=options.max_steps, results=str(folder / "episodes.json"), log_dir=str(folder),
                     **arguments)  # fmt: skip
         return LiveRun.load(title, folder)
@@ -138,7 +139,7 @@ class Demo:
         folder = self.out / "parity"
         options = self.options
         self._graph("parity", "record_policy", checkpoint=str(self.out / "checkpoint"), task=options.task,
-                    camera=options.camera, output=str(folder / "bags"), seed=PARITY_SEED, episodes=2,
+                    camera=self.camera, output=str(folder / "bags"), seed=PARITY_SEED, episodes=2,
                     max_steps=options.max_steps, log_dir=str(folder))  # fmt: skip
         policy = Policy.load(self.out / "checkpoint")
         found = [compare(folder / "inputs.safetensors", bag, policy) for bag in find_bags([folder / "bags"])]

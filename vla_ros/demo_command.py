@@ -15,7 +15,7 @@ class DemoOptions:
 
     out: Path
     task: str
-    camera: str
+    camera: str | None
     episodes: int
     recipe: str
     seed: int
@@ -31,7 +31,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     """Add `demo` to the `vla` command line."""
     parser = commands.add_parser("demo", help="record, train, run live, replay and report, on Meta-World")
     parser.add_argument("--task", default="push-v3", help="Meta-World task")
-    parser.add_argument("--camera", default="corner2", help="MuJoCo camera of the task")
+    parser.add_argument("--camera", help="MuJoCo camera of the task; default: the recipe's")
     parser.add_argument("--episodes", type=int, default=50, help="demonstrations to record")
     parser.add_argument("--recipe", default="mini_vla", help="a name in config/train, or a YAML file")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first demonstration")

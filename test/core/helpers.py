@@ -16,6 +16,7 @@ from vla_core.checkpoint import Checkpoint, Execution, PolicyConfig
 from vla_core.contract import Action, RobotContract, Stream
 from vla_core.data.bag import CONTRACT_KEY, BagWriter
 from vla_core.data.dataset import Dataset, EpisodeData
+from vla_core.model.action_head.diffusion_action_head import DiffusionHeadConfig
 from vla_core.model.action_head.mlp_action_head import MLPHeadConfig
 from vla_core.model.vla.mini_vla import MiniVLA, MiniVLAConfig
 from vla_core.model.vlm.text_encoder import WordTokenizer
@@ -145,11 +146,11 @@ def dataset(lengths: Sequence[int] = (20, 15), contract: RobotContract = CONTRAC
     return Dataset(contract, SPEC, episodes)
 
 
-def checkpoint(**changes: Any) -> Checkpoint:
+def checkpoint(head: MLPHeadConfig | DiffusionHeadConfig | None = None, **changes: Any) -> Checkpoint:
     """A small untrained policy for CONTRACT and SPEC."""
     config = MiniVLAConfig(
         cameras=("camera",), state_dim=2, action_dim=2, horizon=4, vocab_size=4, d_model=32,
-        vision=TinyCNNConfig(d_model=32, channels=(8, 16)), head=MLPHeadConfig(hidden_dim=64),
+        vision=TinyCNNConfig(d_model=32, channels=(8, 16)), head=head or MLPHeadConfig(hidden_dim=64),
     )  # fmt: skip
     numbers = {"mean": [0.1, 0.2], "std": [0.5, 2.0], "min": [-1.0, -2.0], "max": [1.0, 2.0]}
     tokenizer = WordTokenizer()

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vla_core.model.action_head.diffusion_action_head import DiffusionHeadConfig
 from vla_core.observation.builder import Unobserved
 from vla_core.runtime.chunk_executor import ActionChunk, ChunkExecutor
 from vla_core.runtime.core import PolicyCore
@@ -132,13 +133,21 @@ def test_a_new_episode_forgets_plan_and_past() -> None:
     assert len(caught.value.reasons) == 2, "the instruction still holds"
 
 
-def test_the_same_observation_gives_the_same_chunk_and_another_seed_another_generator() -> None:
-    first, second = core(), core()
-    second.policy.checkpoint.model.load_state_dict(first.policy.checkpoint.model.state_dict())
-    for target in (first, second):
+def test_the_noise_of_a_policy_comes_from_its_seed_and_the_stamp_alone() -> None:
+    """A replayed observation gives the chunk that the robot got, whatever was predicted before it."""
+    shared = checkpoint(head=DiffusionHeadConfig(hidden_dim=32, train_steps=10, inference_steps=5))
+
+    def predicted(seed: int, *stamps: int) -> list[bytes]:
+        target = PolicyCore(Policy(shared, seed))
         target.add("task", task(0, "lift it").data, START)
-        feed(target, START, 0)
-    assert first.infer(START).actions.tobytes() == second.infer(START).actions.tobytes()
+        target.add("arm", arm(START, 0.5).data, START)
+        target.add("camera", camera(START, 1).data, START)
+        return [target.infer(stamp).actions.tobytes() for stamp in stamps]
+
+    first, second = predicted(0, START, START + STEP)
+    assert first != second
+    assert predicted(0, START + STEP) == [second]
+    assert predicted(1, START) != [first]
 
 
 def test_warm_up_leaves_no_trace() -> None:

@@ -51,7 +51,7 @@ def test_validation_does_not_disturb_the_run() -> None:
 
 @pytest.mark.parametrize("pooling", ["average", "spatial_softmax"])
 def test_two_episodes_can_be_learned_by_heart(pooling: str) -> None:
-    start = recipe(steps=300, learning_rate=5e-3, batch_size=35)
+    start = recipe(steps=600, learning_rate=5e-3, batch_size=35)
     vision = dataclasses.replace(start.model.vision, pooling=pooling)
     data, seen = dataset(), []
     result = train(dataclasses.replace(start, model=dataclasses.replace(start.model, vision=vision)), data,

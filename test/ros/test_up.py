@@ -102,9 +102,7 @@ def test_the_end_of_the_node_that_ends_the_graph_stops_the_others(programs: Prog
     assert "[simulator] all episodes done" in lines
 
 
-@pytest.mark.parametrize(
-    ("ends_graph", "code", "status"), [(False, 3, 3), (False, 0, 1), (True, 4, 4)]
-)
+@pytest.mark.parametrize(("ends_graph", "code", "status"), [(False, 3, 3), (False, 0, 1), (True, 4, 4)])
 def test_a_node_that_dies_ends_the_graph_in_failure(
     programs: Programs, ends_graph: bool, code: int, status: int
 ) -> None:
@@ -120,9 +118,7 @@ def test_a_node_that_dies_ends_the_graph_in_failure(
 def test_a_node_ended_by_a_signal_gives_the_status_that_a_shell_gives(programs: Programs) -> None:
     programs.add("policy", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
     lines: list[str] = []
-    status = run_graph(
-        Graph(nodes=(node("policy"),)), {}, command=programs.command, write=lines.append
-    )
+    status = run_graph(Graph(nodes=(node("policy"),)), {}, command=programs.command, write=lines.append)
     assert status == 128 + signal.SIGKILL
     assert "[vla up] policy was ended by SIGKILL, stopping" in lines
 
@@ -163,9 +159,7 @@ def test_another_thread_can_stop_the_graph(programs: Programs) -> None:
     graph = Graph(nodes=(node("policy"),))
 
     def run() -> None:
-        status.append(
-            run_graph(graph, {}, command=programs.command, write=lambda _: None, stop=stop)
-        )
+        status.append(run_graph(graph, {}, command=programs.command, write=lambda _: None, stop=stop))
 
     thread = threading.Thread(target=run)
     thread.start()
@@ -206,7 +200,9 @@ def supervisor(programs: Programs) -> Callable[[], subprocess.Popen[bytes]]:
             sys.exit(run_graph(graph, {{}}, command=command))
         """
         process = subprocess.Popen(
-            [sys.executable, "-c", textwrap.dedent(main)], start_new_session=True
+            [sys.executable, "-c", textwrap.dedent(main)],
+            env={**os.environ, "TMPDIR": str(programs.folder)},  # a killed process leaves its files
+            start_new_session=True,
         )
         until(lambda: all(programs.notes(n) == ["up"] for n in ("policy", "simulator")))
         return process
@@ -275,9 +271,7 @@ def test_rcl_understands_the_arguments(tmp_path: Path) -> None:
     )
     context = rclpy.Context()
     rclpy.init(args=ros_arguments(node, tmp_path), context=context)
-    ros_node = RosNode(
-        "unnamed", context=context, automatically_declare_parameters_from_overrides=True
-    )
+    ros_node = RosNode("unnamed", context=context, automatically_declare_parameters_from_overrides=True)
     try:
         assert ros_node.get_fully_qualified_name() == "/left/pi"
         assert ros_node.resolve_topic_name("image") == "/camera"
@@ -304,8 +298,7 @@ def test_a_node_is_a_module_of_this_package() -> None:
 def test_the_command_line(tmp_path: Path) -> None:
     path = tmp_path / "graph.yaml"
     path.write_text(
-        "arguments: {seed: {default: 1, description: seed}}\n"
-        "nodes: [{executable: nothing_node, name: x}]\n",
+        "arguments: {seed: {default: 1, description: seed}}\nnodes: [{executable: nothing_node, name: x}]\n",
         encoding="utf-8",
     )
     parser = argparse.ArgumentParser()

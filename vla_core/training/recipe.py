@@ -63,8 +63,12 @@ class Training:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What a policy sees, what it is, how it is executed and how it is trained."""
+    """What a policy sees, what it is, how it is executed and how it is trained.
 
+    ``camera`` is the simulator's camera that ``vla demo`` records with unless it is told another.
+    """
+
+    camera: str = "corner2"
     observation: ObservationSpec
     model: MiniVLARecipe = field(default_factory=MiniVLARecipe)
     normalization: Normalization = field(default_factory=Normalization)
