@@ -47,6 +47,7 @@ from vla_ros.msg import ActionChunk as ActionChunkMessage
 from vla_ros.msg import Episode
 
 SAMPLES = 10_000  # latencies kept for percentiles
+MAX_FAULTS = 4  # named in one diagnostic message
 SYNCHRONOUS_POLL_S = 0.02
 
 
@@ -72,7 +73,8 @@ class PolicyNode(LifecycleNode):
         self._last_values: np.ndarray | None = None
         self._answered_ns = -1
         self._latency_ms: deque[float] = deque(maxlen=SAMPLES)
-        self.fault = ""
+        self.fault = ""  # the last one
+        self._faults: list[str] = []  # the first ones since the last diagnostics
         self._counts = {"commands": 0, "safe_commands": 0, "chunks": 0, "faults": 0}
         self._input_log: InputLog | None = None
 
@@ -296,7 +298,7 @@ class PolicyNode(LifecycleNode):
         held = np.array([safe == "hold" for safe in action.safe])
         self._command_publisher.publish(messages.command(action, stamp_ns, np.where(held, last, 0.0)))
         self._counts["safe_commands"] += 1
-        self.fault = reason
+        self._note_fault(reason)
 
     def _publish_chunk(self, chunk: ActionChunk) -> None:
         core = self.core
@@ -319,8 +321,14 @@ class PolicyNode(LifecycleNode):
 
     # What people see of it.
 
-    def _report_fault(self, text: str) -> None:
+    def _note_fault(self, text: str) -> None:
+        """Keep a fault for the diagnostics: the first ones name the cause, what follows are consequences."""
         self.fault = text
+        if len(self._faults) < MAX_FAULTS and text not in self._faults:
+            self._faults.append(text)
+
+    def _report_fault(self, text: str) -> None:
+        self._note_fault(text)
         self._counts["faults"] += 1
         self.get_logger().warning(text, throttle_duration_sec=1.0)
 
@@ -331,7 +339,8 @@ class PolicyNode(LifecycleNode):
         recent = self.core.inference_ms[-SAMPLES:]
         for name, samples in (("inference_ms", recent), ("observation_to_command_ms", list(self._latency_ms))):
             values |= {f"{name}_p50": percentile(samples, 50), f"{name}_p99": percentile(samples, 99)}
-        fault, self.fault = self.fault, ""
+        faults, self._faults = self._faults, []
+        fault = "; ".join(filter(None, [*faults, self._type_conflict(self.core)]))
         status = DiagnosticStatus(
             name=f"{self.get_fully_qualified_name()}: policy", hardware_id=self.core.contract.name,
             level=DiagnosticStatus.WARN if fault else DiagnosticStatus.OK, message=fault or "ok",
@@ -340,6 +349,17 @@ class PolicyNode(LifecycleNode):
         message = DiagnosticArray(status=[status])
         message.header.stamp = self.get_clock().now().to_msg()
         self._diagnostics.publish(message)
+
+    def _type_conflict(self, core: PolicyCore) -> str:
+        """Name a topic that somebody publishes with another type: the middleware would only stay silent about it."""
+        for name, stream in core.builder.streams.items():
+            if core.buffer.newest_ns(name) is not None:
+                continue
+            for publisher in self.get_publishers_info_by_topic(stream.topic):
+                if publisher.topic_type != stream.type:
+                    return (f"{name} ({stream.topic}): node {publisher.node_name} publishes {publisher.topic_type}, "
+                            f"the contract says {stream.type}")  # fmt: skip
+        return ""
 
     def _write_logs(self, core: PolicyCore) -> None:
         if self._input_log is None:

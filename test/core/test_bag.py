@@ -147,7 +147,7 @@ def test_a_killed_recorder_leaves_what_was_flushed(tmp_path: Path) -> None:
 
 
 def test_an_exception_while_recording_leaves_a_bag_that_is_not_whole(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError), BagWriter(tmp_path / "bag") as writer:  # noqa: PT012
+    with pytest.raises(RuntimeError), BagWriter(tmp_path / "bag") as writer:
         writer.add_topic("arm/state", JOINTS)
         writer.write("arm/state", START, arm(START, 1).data)
         raise RuntimeError
@@ -178,7 +178,7 @@ def test_a_truncated_bag_is_refused_by_everything_that_reads(tmp_path: Path, par
         lambda: list(bags.read(path)),
         lambda: convert([path], tmp_path / "set", SPEC),
     ):
-        with pytest.raises(BagError, match="truncated|damaged") as caught:
+        with pytest.raises(BagError, match=r"truncated|damaged") as caught:
             refused()
         assert str(path) in str(caught.value) and "\n" not in str(caught.value)
     assert os.listdir(tmp_path) == ["bag"]

@@ -99,9 +99,11 @@ EDITS: dict[str, tuple[str, Callable[[dict], object], str]] = {
     ),
     "not finite": ("statistics.json", lambda d: d["state"].update(mean=[float("nan"), 0]), r"state.*mean"),
     "statistics of another kind": ("statistics.json", lambda d: d["state"].update(mean=3), r"state.*mean"),
-    "unknown key": ("config.json", lambda d: d["model"].update(width=3), r"model\.width: unknown key; choices: .*d_model"),
+    "unknown key": (
+        "config.json", lambda d: d["model"].update(width=3), r"model\.width: unknown key; choices: .*d_model"
+    ),
     "unknown nested key": (
-        "config.json", lambda d: d["model"]["head"].update(depth=1), r"model\.head\.depth: unknown key; choices: .*layers"
+        "config.json", lambda d: d["model"]["head"].update(depth=1), r"model\.head\.depth: unknown .*: .*layers"
     ),
     "unknown head": ("config.json", lambda d: d["model"]["head"].update(type="x"), r"model\.head\.type: found 'x'"),
     "format": ("config.json", lambda d: d.update(format="v9"), r"format 'v9', expected 'vla_ros_checkpoint_v1'"),

@@ -202,7 +202,8 @@ def test_failed_and_aborted_episodes_are_no_demonstrations(tmp_path: Path) -> No
     assert [e.bag for e in convert(paths, tmp_path / "good", SPEC).episodes] == ["bag1"]
     described = json.loads((tmp_path / "good" / "dataset.json").read_text())
     assert described["left_out"] == ["bag2", "bag3"]
-    assert [e.bag for e in convert(paths, tmp_path / "all", SPEC, keep_failed=True).episodes] == ["bag1", "bag2", "bag3"]
+    everything = convert(paths, tmp_path / "all", SPEC, keep_failed=True)
+    assert [e.bag for e in everything.episodes] == ["bag1", "bag2", "bag3"]
     with pytest.raises(DatasetError, match=r"none of the 2 episodes succeeded.*--keep-failed"):
         convert(paths[1:], tmp_path / "none", SPEC)
     assert not (tmp_path / "none").exists()

@@ -1,4 +1,4 @@
-"""Figures against hand-made truths: intervals from the textbook, a policy whose errors are known, parity of a replay."""
+"""Figures against hand-made truths: intervals from the textbook, a policy whose errors are known, parity."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from vla_core.runtime.chunk_executor import ActionChunk
 from vla_core.runtime.core import PolicyCore
 from vla_core.runtime.policy import Policy
 
-from .helpers import CONTRACT, MS, START, STEP, checkpoint, command, stream_messages, write_bag
+from .helpers import MS, START, STEP, checkpoint, command, stream_messages, write_bag
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,8 @@ def test_unknown_commands_do_not_count(tmp_path: Path) -> None:
 def test_two_bags_through_one_core_are_as_good_as_through_two(tmp_path: Path) -> None:
     """What an earlier bag left in the buffer must not be what a later one starts from."""
     first = write_bag(tmp_path / "first", stream_messages(20))
-    # The second bag starts 50 ms later and its camera 30 ms after its arm: it has no right to the first one's image.
+    # The second bag starts 60 ms after the first's last tick and its camera 30 ms after its arm: it has no right to
+    # the first one's image.
     second = [m for m in stream_messages(20, start_ns=START + 25 * STEP)
               if not (m.topic == "cam/raw" and m.stamp_ns < START + 28 * STEP)]  # fmt: skip
     path = write_bag(tmp_path / "second", second)
@@ -195,14 +196,13 @@ def test_a_difference_is_found(tmp_path: Path, policy: Policy) -> None:
     assert found.inputs_max_abs_diff == pytest.approx(1 / 255, rel=1e-3)
 
 
-def test_a_stream_that_is_missing_from_the_recording_is_found(tmp_path: Path, policy: Policy) -> None:
-    """What the live policy saw and the bag cannot give is a disparity, not a stamp to be skipped."""
+def test_messages_that_the_recorder_missed_are_found(tmp_path: Path, policy: Policy) -> None:
     recorded = stream_messages(30)
     live_run(policy, tmp_path / "log", recorded)
     holed = [m for m in recorded
              if not (m.topic == "arm/state" and START + 10 * STEP <= m.stamp_ns < START + 20 * STEP)]  # fmt: skip
     found = compare(tmp_path / "log", write_bag(tmp_path / "bag", holed), policy)
-    assert found.compared == 30 and found.inputs_max_abs_diff > 0 or found.compared < 30
+    assert found.inputs_max_abs_diff > 0
 
 
 def test_parity_of_nothing_is_refused(tmp_path: Path, policy: Policy) -> None:
@@ -212,4 +212,3 @@ def test_parity_of_nothing_is_refused(tmp_path: Path, policy: Policy) -> None:
     live_run(policy, tmp_path / "log", stream_messages(10, start_ns=START + 1000 * STEP))
     with pytest.raises(ParityError, match="none of the 10 logged stamps"):
         compare(tmp_path / "log", bag, policy)
-    assert CONTRACT == policy.contract

@@ -44,7 +44,8 @@ def test_the_stamp_is_that_of_the_whole_message(sec: int, nanosec: int, frame: s
 
 def test_a_big_endian_message_decodes() -> None:
     message = STORE.types[JOINTS](header=header_of(1, 2, "base"), name=["elbow", "shoulder"],
-                                  position=np.array([0.25, -0.5]), velocity=np.zeros(0), effort=np.zeros(0))  # fmt: skip
+                                  position=np.array([0.25, -0.5]), velocity=np.zeros(0),
+                                  effort=np.zeros(0))  # fmt: skip
     data = bytes(STORE.serialize_cdr(message, JOINTS, little_endian=False))
     assert np.asarray(decode(CONTRACT.stream("arm"), data)).tolist() == [-0.5, 0.25]
 
@@ -119,5 +120,5 @@ def test_a_message_of_another_type_names_topic_and_type() -> None:
 def test_cut_messages_raise_one_kind_of_error(data: st.DataObject) -> None:
     whole = arm(START, 1.0, 2.0).data
     cut = whole[: data.draw(st.integers(0, len(whole) - 1))]
-    with pytest.raises(MessageError, match="^arm/state: "):
+    with pytest.raises(MessageError, match=r"^arm/state: "):
         decode(CONTRACT.stream("arm"), cut)

@@ -23,7 +23,8 @@ modes = st.sampled_from(["mean_std", "min_max", "none"])
 
 def fitted(data: np.ndarray, state: Mode = "mean_std", action: Mode = "min_max", floor: float = 0.01) -> Normalizer:
     statistics = compute_statistics(data)
-    return Normalizer(Normalization(state=state, action=action, floor=floor), {"state": statistics, "action": statistics})
+    modes = Normalization(state=state, action=action, floor=floor)
+    return Normalizer(modes, {"state": statistics, "action": statistics})
 
 
 @given(tables, modes, st.floats(1e-3, 10))

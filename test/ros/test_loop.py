@@ -129,7 +129,7 @@ def test_the_whole_demo_tiny(domain: int, tmp_path: Path, monkeypatch: pytest.Mo
     ])  # fmt: skip
     assert cli.main() == 0
     report = json.loads((out / "report.json").read_text())
-    assert REPORT_KEYS <= report.keys()
+    assert report.keys() >= REPORT_KEYS
     assert report["episodes"] == 1 and report["demonstrations"] == 2 and 80 < report["frames"] < 200
     assert report["parity_max_abs_diff"] == 0.0 and report["parity_compared"] == 20
     assert report["inference_ms_p99"] >= report["inference_ms_p50"] > 0

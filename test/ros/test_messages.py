@@ -10,9 +10,9 @@ from builtin_interfaces.msg import Time
 from rclpy.serialization import deserialize_message, serialize_message
 from sensor_msgs.msg import CompressedImage, Image, JointState
 from std_msgs.msg import Header, String
+from vla_ros.msg import ActionChunk, Episode
 
 from vla_core.observation import messages
-from vla_ros.msg import ActionChunk, Episode
 
 STAMP_NS = 1_234_567_890_123_456_789
 HEADER = Header(stamp=Time(sec=1_234_567_890, nanosec=123_456_789), frame_id="base")

@@ -58,7 +58,8 @@ def test_setup_lists_every_shared_file(monkeypatch: pytest.MonkeyPatch) -> None:
     listed = {f"{folder}/{Path(f).name}": f for folder, files in told["data_files"] for f in files}
     shared = [
         path.relative_to(ROOT).as_posix()
-        for path in [ROOT / "package.xml", *ROOT.glob("config/**/*"), *ROOT.glob("launch/*.py")]
+        for pattern in ("package.xml", "config/**/*", "launch/*.py", "msg/*.msg")
+        for path in ROOT.glob(pattern)
         if path.is_file()
     ]
     assert listed == {f"share/vla_ros/{path}": path for path in shared}
@@ -126,8 +127,6 @@ def test_the_cmake_files_of_wheels_come_to_name_this_python(tmp_path: Path) -> N
 def test_a_failed_build_shows_the_end_of_its_log(tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.mkdir()
-    (source / "CMakeLists.txt").write_text(
-        'message(FATAL_ERROR "no such luck")\n', encoding="utf-8"
-    )
+    (source / "CMakeLists.txt").write_text('message(FATAL_ERROR "no such luck")\n', encoding="utf-8")
     with pytest.raises(BuildError, match=r"(?s)building the messages failed; .*no such luck"):
         build_messages(source, tmp_path / "prefix", tmp_path / "build")

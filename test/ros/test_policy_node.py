@@ -18,13 +18,13 @@ from diagnostic_msgs.msg import DiagnosticArray
 from rclpy.lifecycle import TransitionCallbackReturn
 from sensor_msgs.msg import JointState
 from std_msgs.msg import String
+from vla_ros.msg import ActionChunk
 
 from vla_core.config import to_dict
 from vla_core.contract import RobotContract
 from vla_core.observation import messages
 from vla_core.observation.image import encode_jpeg
 from vla_ros.bridge import COMMAND_QOS, message_class, stream_qos
-from vla_ros.msg import ActionChunk
 from vla_ros.policy_node import PolicyNode
 
 from .conftest import DEADLINE_S, Ros, parameters
@@ -98,7 +98,7 @@ def test_lifecycle_there_and_back(ros: Ros, checkpoint: Path, contract: RobotCon
         robot.drive_until(lambda: len(robot.commands) > 5, "commands")
         count = len(robot.commands)
         assert policy.trigger_deactivate() == OK
-        ros.spin_until(lambda: len(robot.commands) > count and robot.commands[-1].velocity[0] == 0.0, "the safe action")
+        ros.spin_until(lambda n=count: len(robot.commands) > n and robot.commands[-1].velocity[0] == 0.0, "a stop")
         assert list(robot.commands[-1].velocity[:3]) == [0.0, 0.0, 0.0]
         assert robot.commands[-1].velocity[3] == robot.commands[-2].velocity[3], "the grip is held"
         assert policy.trigger_cleanup() == OK
@@ -169,8 +169,8 @@ def test_bad_messages_are_named_and_harm_nothing(ros: Ros, checkpoint: Path, con
         return robot.fault("does not decode")
 
     ros.spin_until(broken, "a diagnostic that names the broken image")
-    count = len(robot.commands)
-    robot.drive_until(lambda: any(c.velocity[0] != 0.0 for c in robot.commands[count:]), "recovery")
+    robot.commands.clear()
+    robot.drive_until(lambda: any(c.velocity[0] != 0.0 for c in robot.commands), "recovery")
     assert policy.trigger_deactivate() == OK
 
 
@@ -181,12 +181,28 @@ def test_wrong_names_in_a_state_are_listed(ros: Ros, checkpoint: Path, contract:
 
     def wrong() -> bool:
         now = robot.node.get_clock().now().nanoseconds
-        robot.observe(stamp_ns=now - 1)
         robot.publishers["state"].publish(messages.joint_state(now, ("elbow",), "position", np.zeros(1)))
         return robot.fault("the message has: elbow")
 
-    ros.spin_until(wrong, "a diagnostic that lists the names")
+    robot.drive_until(lambda: len(robot.commands) > 3, "commands")
+    robot.drive_until(wrong, "a diagnostic that lists the names")
     assert policy.trigger_deactivate() == OK
+
+
+def test_a_topic_of_another_type_is_named(
+    ros: Ros, domain: int, checkpoint: Path, contract: RobotContract
+) -> None:
+    policy = make_policy(ros, checkpoint)
+    diagnostics: list[Any] = []
+    listener = ros.node("listener")
+    listener.create_subscription(DiagnosticArray, "/diagnostics", lambda m: diagnostics.extend(m.status), 10)
+    elsewhere = Ros(domain)  # one context refuses two types for a topic by itself
+    elsewhere.node("stranger").create_publisher(String, contract.observations["image"].topic, 10)
+    assert policy.trigger_configure() == OK and policy.trigger_activate() == OK
+    words = "node stranger publishes std_msgs/msg/String, the contract says sensor_msgs/msg/CompressedImage"
+    ros.spin_until(lambda: any(words in status.message for status in diagnostics), "the conflict")
+    assert policy.trigger_deactivate() == OK
+    elsewhere.close()
 
 
 @pytest.mark.parametrize(

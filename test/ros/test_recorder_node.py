@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from rclpy.time import Time
 from sensor_msgs.msg import JointState
+from vla_ros.msg import Episode
 
 from vla_core.contract import RobotContract
 from vla_core.data import bag as bags
@@ -22,7 +23,6 @@ from vla_core.errors import VlaError
 from vla_core.inspect import describe
 from vla_core.observation import messages
 from vla_ros.bridge import COMMAND_QOS, EPISODE_QOS, message_class, stream_qos
-from vla_ros.msg import Episode
 from vla_ros.recorder_node import RecorderNode
 
 from .conftest import Ros, parameters

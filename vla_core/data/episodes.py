@@ -14,7 +14,7 @@ from vla_core.data.bag import BagError
 from vla_core.observation.builder import Observation, ObservationBuilder, ObservationSpec, Unobserved
 from vla_core.observation.decode import decode_action
 from vla_core.observation.memory_buffer import MemoryBuffer
-from vla_core.observation.messages import Message, deserialize
+from vla_core.observation.messages import Message, MessageError, deserialize
 
 EPISODE_TOPIC = "episode"
 EPISODE_TYPE = "vla_ros/msg/Episode"
@@ -101,6 +101,8 @@ def read_episode(path: Path, contract: RobotContract, spec: ObservationSpec) -> 
             seen = builder.build(buffer, tick_ns)
         except Unobserved:
             seen = None
+        except MessageError as error:
+            raise BagError(f"{path}: {error}") from None
         if seen is None or command is None:
             dropped += 1
             continue

@@ -54,6 +54,8 @@ def replay(path: Path, core: PolicyCore) -> Replay:
     summary = bags.info(path)
     if not summary.whole:
         raise BagError(f"{path}: {summary.note}")
+    if bags.CONTRACT_KEY in summary.metadata:
+        contract.check_same(summary.contract, "the checkpoint", str(path))
     bags.require_topics(summary, needed)
     messages = list(bags.read(path, set(needed)))
     commands = Commands(messages, contract)
