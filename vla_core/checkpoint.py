@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 from dataclasses import dataclass, field
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from vla_core.config import ConfigError, from_dict, to_dict
 from vla_core.contract import RobotContract
-from vla_core.errors import VlaError
+from vla_core.errors import VlaError, choices
 from vla_core.model.vla.mini_vla import MiniVLA, MiniVLAConfig
 from vla_core.model.vlm.text_encoder import WordTokenizer
 from vla_core.observation.builder import ObservationSpec
@@ -75,6 +76,7 @@ class Checkpoint:
     def save(self, path: Path | str) -> None:
         """Write the folder; an existing checkpoint at ``path`` is replaced once the new one is whole."""
         path = Path(path)
+        check_replaceable(path)
         partial = path.with_name(f".{path.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -102,19 +104,29 @@ class Checkpoint:
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             found = data.get("format") if isinstance(data, dict) else type(data).__name__
             raise CheckpointError(f"{path}: config.json has format {found!r}, expected {FORMAT!r}")
-        config = from_dict(PolicyConfig, data, f"{path}/config.json:")
+        try:
+            config = from_dict(PolicyConfig, data)
+        except ConfigError as error:
+            raise CheckpointError(f"{path}/config.json: {error}") from None
         contract = RobotContract.load(path / "contract.yaml")
         statistics: Statistics = _read_json(path / "statistics.json")
-        _check_sizes(path, config, contract, statistics)
+        tokenizer = WordTokenizer.from_dict(_read_json(path / "tokenizer.json"))
+        _check_sizes(path, config, contract, statistics, tokenizer)
         model = MiniVLA(config.model)
         _load_weights(model, path / "model.safetensors")
         return cls(
             config=config,
             model=model.eval(),
             normalizer=Normalizer(config.normalization, statistics),
-            tokenizer=WordTokenizer.from_dict(_read_json(path / "tokenizer.json")),
+            tokenizer=tokenizer,
             contract=contract,
         )
+
+
+def check_replaceable(path: Path) -> None:
+    """Raise unless a checkpoint can be written at ``path``: nothing is there, or an older checkpoint."""
+    if not path.name or (path.exists() and not (path / "model.safetensors").is_file()):
+        raise CheckpointError(f"{path}: exists and is no checkpoint; name a new folder, or one with a checkpoint")
 
 
 def fingerprint(path: Path | str) -> str:
@@ -123,8 +135,19 @@ def fingerprint(path: Path | str) -> str:
     return digest.hexdigest()[:12]
 
 
-def _check_sizes(path: Path, config: PolicyConfig, contract: RobotContract, statistics: Statistics) -> None:
+def _check_sizes(path: Path, config: PolicyConfig, contract: RobotContract, statistics: Statistics,
+                 tokenizer: WordTokenizer) -> None:  # fmt: skip
     """Model, contract and statistics must speak of the same numbers."""
+    for name in config.observation.names:
+        contract.stream(name)
+    if set(config.model.cameras) != set(config.observation.images):
+        raise CheckpointError(f"{path}: the model's cameras are {choices(config.model.cameras)}, "
+                              f"observation.images has {choices(config.observation.images)}")  # fmt: skip
+    if tokenizer.vocab_size != config.model.vocab_size:
+        raise CheckpointError(f"{path}: tokenizer.json has {tokenizer.vocab_size} words, model.vocab_size is "
+                              f"{config.model.vocab_size}")  # fmt: skip
+    if not isinstance(statistics, dict):
+        raise CheckpointError(f"{path}: statistics.json holds {type(statistics).__name__}, expected groups of numbers")
     expected = {
         "state": (sum(len(contract.stream(name).names) for name in config.observation.state), config.model.state_dim),
         "action": (len(contract.action.names), config.model.action_dim),
@@ -133,6 +156,8 @@ def _check_sizes(path: Path, config: PolicyConfig, contract: RobotContract, stat
         if declared != modelled:
             raise CheckpointError(f"{path}: the contract has {declared} numbers in {name!r}, the model {modelled}")
         for key, values in statistics.get(name, {}).items():
+            if not isinstance(values, list) or not all(isinstance(v, int | float) and isfinite(v) for v in values):
+                raise CheckpointError(f"{path}: statistics {name}.{key} are no finite numbers: {values!r}")
             if key != "count" and len(values) != declared:
                 raise CheckpointError(f"{path}: statistics {name}.{key} have {len(values)} entries, not {declared}")
 
@@ -159,7 +184,12 @@ def _replace(partial: Path, path: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
     if path.exists():
         os.replace(path, old)
-    os.replace(partial, path)
+    try:
+        os.replace(partial, path)
+    except OSError:
+        if old.exists():
+            os.rename(old, path)
+        raise
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -170,5 +200,5 @@ def _write_json(path: Path, data: Any) -> None:
 def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # not UTF-8, not JSON
         raise CheckpointError(f"{path}: not valid JSON: {error}") from None

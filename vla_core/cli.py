@@ -15,6 +15,14 @@ from pathlib import Path
 from vla_core.errors import VlaError
 
 
+def positive(text: str) -> int:
+    """A whole number above zero, for argparse."""
+    value = int(text)
+    if value < 1:
+        raise ValueError
+    return value
+
+
 def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add this module's commands to a parser."""
     convert = commands.add_parser("convert", help="bags to a training set")
@@ -38,9 +46,9 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     evaluate.add_argument("checkpoint", type=Path)
     evaluate.add_argument("--task", default="push-v3")
     evaluate.add_argument("--camera", default="corner2")
-    evaluate.add_argument("--episodes", type=int, default=50)
+    evaluate.add_argument("--episodes", type=positive, default=50)
     evaluate.add_argument("--seed", type=int, default=10000, help="seed of the first episode; each later one counts up")
-    evaluate.add_argument("--max-steps", type=int, default=200)
+    evaluate.add_argument("--max-steps", type=positive, default=200)
     evaluate.add_argument("--instruction", help="default: the task's own")
     evaluate.add_argument("--black-camera", action="store_true")
     evaluate.add_argument("--out", type=Path, help="JSON file for the figures and every episode's outcome")
@@ -73,11 +81,14 @@ def main(
     try:
         return int(parsed.run(parsed))
     except VlaError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     except BrokenPipeError:  # the reader of a pipe has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:  # a disk that is full, a folder that may not be written
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -100,11 +111,13 @@ def _convert(parsed: argparse.Namespace) -> int:
 
 
 def _train(parsed: argparse.Namespace) -> int:
+    from vla_core.checkpoint import check_replaceable
     from vla_core.data.dataset import load
     from vla_core.progress import bar
     from vla_core.training.recipe import load_recipe
     from vla_core.training.trainer import train
 
+    check_replaceable(parsed.out)
     recipe = load_recipe(parsed.recipe, parsed.overrides)
     dataset = load(parsed.dataset)
     validation = load(parsed.validation) if parsed.validation else None

@@ -7,6 +7,7 @@ apart by a field ``type`` whose annotation is a ``Literal``.
 from __future__ import annotations
 
 import dataclasses
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,7 @@ import yaml
 from vla_core.errors import VlaError, choices
 
 T = TypeVar("T")
+_EXPONENT = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+")  # 1e-3 is a text to YAML 1.1
 
 
 class ConfigError(VlaError):
@@ -47,7 +49,7 @@ def load_yaml(path: Path | str) -> dict[str, Any]:
         raise ConfigError(f"{path}: no such file")
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: expected a mapping at the top, found {type(data).__name__}")
@@ -67,7 +69,10 @@ def override(data: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]
             node = node.setdefault(parent, {})
             if not isinstance(node, dict):
                 raise ConfigError(f"override {assignment!r}: {parent} is a value, not a group of keys")
-        node[leaf] = yaml.safe_load(text)
+        try:
+            node[leaf] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise ConfigError(f"override {assignment!r}: {text!r} is not valid YAML") from None
     return typing.cast("dict[str, Any]", result)
 
 
@@ -125,7 +130,7 @@ def _decode_union(annotation: Any, data: Any, path: str) -> Any:
     if all(dataclasses.is_dataclass(option) for option in options):
         tagged = {tag: option for option in options for tag in _tags(option)}
         tag = data.get("type") if isinstance(data, Mapping) else None
-        if tag not in tagged:
+        if not isinstance(tag, str) or tag not in tagged:
             raise ConfigError(f"{_join(path, 'type')}: found {tag!r}, expected one of {choices(tagged)}")
         return _decode(tagged[tag], data, path)
     for option in options:
@@ -162,6 +167,8 @@ def _decode_mapping(annotation: Any, data: Any, path: str) -> Any:
 
 def _decode_scalar(annotation: Any, data: Any, path: str) -> Any:
     if annotation is float and isinstance(data, int | float) and not isinstance(data, bool):
+        return float(data)
+    if annotation is float and isinstance(data, str) and _EXPONENT.fullmatch(data):
         return float(data)
     if annotation is int and isinstance(data, int) and not isinstance(data, bool):
         return data

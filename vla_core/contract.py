@@ -48,7 +48,7 @@ class Stream:
     def __post_init__(self) -> None:
         if not self.latched and (self.rate_hz is None or self.max_age_s is None):
             raise ConfigError("rate_hz: a stream that is not latched needs rate_hz and max_age_s")
-        if self.rate_hz is not None and self.rate_hz <= 0:
+        if self.rate_hz is not None and not 0 < self.rate_hz < float("inf"):
             raise ConfigError(f"rate_hz: expected a positive rate, found {self.rate_hz}")
         if len(self.units) != len(self.names):
             raise ConfigError(f"units: expected one unit per name ({len(self.names)}), found {len(self.units)}")
@@ -101,6 +101,10 @@ class RobotContract:
     observations: dict[str, Stream]
     action: Action
     description: str = field(default="")
+
+    def __post_init__(self) -> None:
+        if not 0 < self.rate_hz < float("inf"):
+            raise ConfigError(f"rate_hz: expected a positive rate, found {self.rate_hz}")
 
     @property
     def step_ns(self) -> int:

@@ -74,6 +74,8 @@ class RecorderNode(Node):
         chosen = [name for name in self.get_parameter("streams").value if name]
         for name in chosen or self.contract.observations:
             stream = self.contract.stream(name)
+            if stream.topic in self._topics:  # two streams of one topic
+                continue
             qos = stream_qos(stream, QUEUE_DEPTH)
             self._add_feed(stream.topic, stream.type, message_class(stream.type), qos, stream.latched)
         action = self.contract.action

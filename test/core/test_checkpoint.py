@@ -37,6 +37,7 @@ def test_a_loaded_policy_predicts_bit_for_bit_the_same(tmp_path: Path) -> None:
     original = checkpoint()
     original.save(tmp_path / "a" / "policy")
     loaded = Checkpoint.load(tmp_path / "a" / "policy")
+    assert not loaded.model.training
     for seed in range(5):
         a = Policy(original).predict(observation(seed)).actions
         b = Policy(loaded).predict(observation(seed)).actions

@@ -58,6 +58,12 @@ def test_a_late_chunk_skips_the_rows_that_passed() -> None:
     assert executor.action(135)[0].tolist() == [2, 2]  # type: ignore[index]
 
 
+def test_nothing_is_done_before_the_observation_or_after_the_last_row() -> None:
+    executor = ChunkExecutor(2)
+    executor.push(chunk(100))
+    assert [executor.action(at) is None for at in (99, 100, 139, 140)] == [True, False, False, True]
+
+
 def test_an_older_observation_never_replaces_a_newer_one() -> None:
     executor = ChunkExecutor(2)
     executor.push(chunk(100, name=1))
@@ -148,6 +154,15 @@ def test_the_noise_of_a_policy_comes_from_its_seed_and_the_stamp_alone() -> None
     assert first != second
     assert predicted(0, START + STEP) == [second]
     assert predicted(1, START) != [first]
+
+
+def test_a_chunk_of_the_last_episode_that_comes_late_is_not_executed() -> None:
+    """The model was still thinking when the world was reset."""
+    target = core()
+    late = ActionChunk(START - STEP, STEP, np.ones((8, 2)))
+    target.start_episode(START)
+    target.executor.push(late)
+    assert target.command(START) is None and target.executor.due(START)
 
 
 def test_warm_up_leaves_no_trace() -> None:

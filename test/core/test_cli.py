@@ -219,13 +219,13 @@ def sawyer(place: Path) -> Path:
 
 
 def test_an_evaluation_in_the_simulator(sawyer: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    common = ("evaluate", "sawyer", "--episodes", "2", "--max-steps", "6", "--seed", "30")
+    common = ("evaluate", "sawyer", "--episodes", "2", "--max-steps", "24", "--seed", "30")
     assert main([*common, "--out", "new/figures.json"]) == 0
     assert "success 0.00 (95 % interval 0.00 to 0.66) over 2 episodes of push-v3" in capsys.readouterr().out
     figures = json.loads((sawyer / "new" / "figures.json").read_text())
     assert figures["success_rate"] == 0 and figures["success_ci95"] == pytest.approx([0, 0.6576], abs=1e-4)
     assert figures["instruction"] == "push the puck to the goal"
-    assert figures["episodes"] == [{"seed": seed, "success": False, "steps": 6} for seed in (30, 31)]
+    assert figures["episodes"] == [{"seed": seed, "success": False, "steps": 24} for seed in (30, 31)]
     assert main([*common, "--black-camera", "--camera", "topview", "--task", "reach-v3", "--instruction", "stay"]) == 0
     assert "reach-v3" in capsys.readouterr().out
 

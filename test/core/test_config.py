@@ -81,6 +81,7 @@ def test_an_int_is_a_float_but_nothing_else_is_converted() -> None:
         ({"part.spokes": True}, r"part\.spokes: .*int.*True"),
         ({"part.spokes": -1}, r"part\.spokes: expected at least 0, found -1"),
         ({"part.radius": "1"}, r"part\.radius: .*float.*'1'"),
+        ({"part.radius": True}, r"part\.radius: .*float.*True"),
         ({"part.radius": None}, r"part\.radius: .*float.*None"),
         ({"part.type": "wing"}, r"part\.type: found 'wing', expected one of leg, wheel"),
         ({"part": "wheel"}, r"part.*leg, wheel"),

@@ -6,6 +6,7 @@ killed is the mcap library's. A bag without ``metadata.yaml`` was never closed a
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from rosbags.rosbag2 import Reader, ReaderError, StoragePlugin, Writer
 
 from vla_core.contract import NANOSECONDS, RobotContract
 from vla_core.errors import VlaError, choices
-from vla_core.observation.messages import Message, header_stamp_ns, known_type, typestore
+from vla_core.observation.messages import Message, MessageError, header_stamp_ns, known_type, typestore
 
 FLUSH_BYTES = 64 * 1024
 FLUSH_NS = NANOSECONDS // 2
@@ -29,6 +30,19 @@ CONTRACT_KEY = "vla_contract"
 
 class BagError(VlaError):
     """A bag that cannot be used, and why."""
+
+
+class DamagedBag(BagError):
+    """A closed bag whose bytes do not read; ``cause`` says why in a few words."""
+
+    def __init__(self, path: Path, error: Exception) -> None:
+        self.cause = f"truncated or damaged: {' '.join(str(error).split()) or type(error).__name__}"
+        super().__init__(f"{path}: {self.cause}; `vla inspect` tells what is readable")
+
+
+# What rosbags and mcap raise on bytes that are cut or overwritten; MessageError is what a bad stamp raises.
+DAMAGE = (ReaderError, McapError, MessageError, OSError, EOFError, AssertionError, LookupError, ValueError,
+          ArithmeticError, RuntimeError, TypeError, AttributeError, struct.error, MemoryError)  # fmt: skip
 
 
 class BagWriter:
@@ -145,14 +159,18 @@ def info(path: Path | str) -> BagInfo:
         raise BagError(f"{path}: no bag: neither .mcap nor .db3 files inside")
     size = sum(file.stat().st_size for file in files)
     if not (path / "metadata.yaml").is_file():
-        return _salvaged_info(path, files, size)
-    with _open(path) as reader:
-        return BagInfo(
-            path=path, whole=True, bytes=size,
-            topics={c.topic: c.msgtype for c in reader.connections},
-            counts={c.topic: c.msgcount for c in reader.connections},
-            start_ns=reader.start_time, end_ns=reader.end_time, metadata=_custom_data(path),
-        )  # fmt: skip
+        cause = "never closed (no metadata.yaml): its recorder was killed or is still running"
+        return _salvaged_info(path, files, size, cause)
+    try:
+        with _open(path) as reader:
+            return BagInfo(
+                path=path, whole=True, bytes=size,
+                topics={c.topic: c.msgtype for c in reader.connections},
+                counts={c.topic: c.msgcount for c in reader.connections},
+                start_ns=reader.start_time, end_ns=reader.end_time, metadata=_custom_data(path),
+            )  # fmt: skip
+    except DamagedBag as error:
+        return _salvaged_info(path, files, size, error.cause)
 
 
 def read(path: Path | str, topics: set[str] | None = None) -> Iterator[Message]:
@@ -167,8 +185,8 @@ def read(path: Path | str, topics: set[str] | None = None) -> Iterator[Message]:
                 stamp = header_stamp_ns(connection.msgtype, data) if known else None
                 stamp_ns = receive_ns if stamp is None else stamp
                 yield Message(connection.topic, connection.msgtype, stamp_ns, bytes(data))
-        except (ReaderError, OSError, EOFError, AssertionError, KeyError) as error:
-            raise BagError(f"{path}: damaged: {error}; `vla inspect` tells what is readable") from None
+        except DAMAGE as error:
+            raise DamagedBag(Path(path), error) from None
 
 
 def require_topics(bag: BagInfo, needed: dict[str, str]) -> None:
@@ -193,8 +211,8 @@ def _open(path: Path) -> Iterator[Reader]:
     reader = Reader(path)
     try:
         reader.open()
-    except (ReaderError, OSError, EOFError, AssertionError, KeyError, ValueError) as error:
-        raise BagError(f"{path}: truncated or damaged: {error}; `vla inspect` tells what is readable") from None
+    except DAMAGE as error:
+        raise DamagedBag(path, error) from None
     try:
         if not reader.message_count:
             raise BagError(f"{path}: empty: no messages")
@@ -212,11 +230,11 @@ def _storage_files(path: Path) -> list[Path]:
     return sorted([*path.glob("*.mcap"), *path.glob("*.db3")]) if path.is_dir() else []
 
 
-def _salvaged_info(path: Path, files: list[Path], size: int) -> BagInfo:
-    """Count what can still be read of a bag without ``metadata.yaml``."""
+def _salvaged_info(path: Path, files: list[Path], size: int, cause: str) -> BagInfo:
+    """Count what can still be read of a bag that is not whole because of ``cause``."""
     topics: dict[str, str] = {}
     counts: dict[str, int] = {}
-    start_ns, end_ns = 0, 0
+    stamps: list[int] = []
     for file in files:
         if file.suffix != ".mcap":
             continue
@@ -225,13 +243,13 @@ def _salvaged_info(path: Path, files: list[Path], size: int) -> BagInfo:
                 for schema, channel, message in NonSeekingReader(stream).iter_messages(log_time_order=False):
                     topics[channel.topic] = schema.name if schema else "?"
                     counts[channel.topic] = counts.get(channel.topic, 0) + 1
-                    start_ns = min(start_ns or message.log_time, message.log_time)
-                    end_ns = max(end_ns, message.log_time)
-            except (McapError, EOFError, ValueError, OSError):
+                    stamps = [min([*stamps, message.log_time]), max([*stamps, message.log_time])]
+            except DAMAGE:
                 pass  # the cut: what came before it has been counted
+    start_ns, end_ns = (stamps[0], stamps[-1]) if stamps else (0, 0)
     note = (
-        f"never closed (no metadata.yaml): its recorder was killed or is still running; readable up to the last "
-        f"flushed chunk: {sum(counts.values())} messages, {(end_ns - start_ns) / NANOSECONDS:.2f} s"
+        f"{cause}; readable up to the last flushed chunk: {sum(counts.values())} messages, "
+        f"{(end_ns - start_ns) / NANOSECONDS:.2f} s"
     )
     return BagInfo(path=path, whole=False, topics=topics, counts=counts, start_ns=start_ns, end_ns=end_ns,
                    bytes=size, note=note)  # fmt: skip

@@ -100,11 +100,13 @@ def convert(
         contract = contract or bag_info(bags[0]).contract
         for index, path in enumerate(bags):
             recorded = bag_info(path)
+            own = contract
             if CONTRACT_KEY in recorded.metadata:
                 contract.check_same(recorded.contract, "the dataset", str(path))
+                own = contract.with_topics_of(recorded.contract)
             progress(index + 1)
-            episode = read_episode(path, contract, spec)
-            if episode.info.outcome in ("failed", "aborted") and not keep_failed:
+            episode = read_episode(path, own, spec)
+            if episode.info.outcome in ("started", "failed", "aborted") and not keep_failed:
                 left_out.append(path.name)
                 continue
             save_file(_arrays(episode), partial / "episodes" / f"episode_{len(entries):06d}.safetensors")
@@ -133,8 +135,9 @@ def load(path: Path | str) -> Dataset:
         raise DatasetError(f"{path}: no dataset here (no dataset.json)")
     try:
         description = json.loads(description_file.read_text(encoding="utf-8"))
-        if description.get("format") != FORMAT:
-            raise DatasetError(f"{path}: format {description.get('format')!r}, expected {FORMAT!r}")
+        if not isinstance(description, dict) or description.get("format") != FORMAT:
+            found = description.get("format") if isinstance(description, dict) else type(description).__name__
+            raise DatasetError(f"{path}: format {found!r}, expected {FORMAT!r}")
         contract = from_dict(RobotContract, description["contract"], "contract")
         spec = from_dict(ObservationSpec, description["observation"], "observation")
         episodes = [
@@ -182,8 +185,11 @@ class ChunkWindows:
         self.instructions = [e.instruction for e in episodes for _ in range(len(e))]
         ends = np.repeat(np.cumsum(lengths), lengths)
         reach = np.arange(len(self.action))[:, None] + np.arange(horizon)[None, :]
-        self.mask = reach < ends[:, None]
         self.chunk_index = np.minimum(reach, ends[:, None] - 1)
+        # Where ticks were dropped, the next row is not the next step: a chunk ends before the hole.
+        stamps = np.concatenate([e.stamps_ns for e in episodes])
+        due = stamps[:, None] + np.arange(horizon)[None, :] * dataset.contract.step_ns
+        self.mask = (reach < ends[:, None]) & (stamps[self.chunk_index] == due)
 
     def __len__(self) -> int:
         return len(self.action)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vla_core.contract import RobotContract
+from vla_core.contract import NANOSECONDS, RobotContract
 from vla_core.data import bag as bags
 from vla_core.data.bag import BagError
 from vla_core.observation.builder import Observation, ObservationBuilder, ObservationSpec, Unobserved
@@ -18,6 +18,7 @@ from vla_core.observation.messages import Message, MessageError, deserialize
 
 EPISODE_TOPIC = "episode"
 EPISODE_TYPE = "vla_ros/msg/Episode"
+MAX_GAP_NS = 2 * NANOSECONDS
 EPISODE_STATES = {0: "started", 1: "succeeded", 2: "failed", 3: "aborted"}
 
 
@@ -46,20 +47,22 @@ def replay_ticks(messages: list[Message], builder: ObservationBuilder, buffer: M
     """Feed ``messages`` to ``buffer`` in the order of their stamps, and yield each control tick (ns) when it is due.
 
     At a tick the buffer holds what the robot's would: everything stamped until then. Ticks start where every stream
-    is there and follow the contract's rate until the messages end.
+    is there and follow the contract's rate until the messages end, or until all of them pause for two seconds.
     """
-    by_topic = {stream.topic: name for name, stream in builder.streams.items()}
-    feed = sorted((m for m in messages if m.topic in by_topic), key=lambda m: m.stamp_ns)
+    feed = sorted((m for m in messages if m.topic in builder.by_topic), key=lambda m: m.stamp_ns)
     step_ns = builder.contract.step_ns
     tick_ns: int | None = None
     for place, message in enumerate(feed):
-        buffer.add(by_topic[message.topic], message.stamp_ns, message.data)
+        for name in builder.by_topic[message.topic]:
+            buffer.add(name, message.stamp_ns, message.data)
         next_ns = feed[place + 1].stamp_ns if place + 1 < len(feed) else message.stamp_ns + step_ns
         if tick_ns is None and not builder.due(buffer, message.stamp_ns):
             tick_ns = message.stamp_ns
         while tick_ns is not None and tick_ns < next_ns:
             yield tick_ns
             tick_ns += step_ns
+            if tick_ns - message.stamp_ns > MAX_GAP_NS:
+                tick_ns = None  # all streams fell silent: ticks start anew where they are there again
 
 
 class Commands:
@@ -96,8 +99,8 @@ def read_episode(path: Path, contract: RobotContract, spec: ObservationSpec) -> 
     buffer = builder.make_buffer()
     observations, actions, dropped = [], [], 0
     for tick_ns in replay_ticks(messages, builder, buffer):
-        command = commands.at(tick_ns)
         try:
+            command = commands.at(tick_ns)
             seen = builder.build(buffer, tick_ns)
         except Unobserved:
             seen = None

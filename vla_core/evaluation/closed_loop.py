@@ -29,7 +29,6 @@ def run_episode(
 ) -> EpisodeResult:
     """One episode from ``seed`` until success or ``max_steps`` control steps; its first tick is ``start_ns``."""
     contract = core.contract
-    names = {stream.topic: name for name, stream in core.builder.streams.items()}
     core.start_episode(start_ns)
     world.reset(seed)
     if core.policy.spec.instruction:
@@ -40,8 +39,8 @@ def run_episode(
         if core.policy.spec.images and step % world.steps_per_frame == 0:
             observed += world.observe_camera(stamp_ns)
         for message in observed:
-            if message.topic in names:
-                core.add(names[message.topic], message.data, stamp_ns)
+            for name in core.builder.by_topic.get(message.topic, ()):
+                core.add(name, message.data, stamp_ns)
         command = core.step(stamp_ns)
         # Through the bytes of the command message, as the robot would get it.
         world.step(decode_action(contract.action, command_bytes(contract.action, stamp_ns, command.values)))

@@ -11,7 +11,7 @@ import numpy as np
 from vla_core.data import bag as bags
 from vla_core.data.bag import BagError
 from vla_core.data.episodes import Commands, replay_ticks
-from vla_core.observation.builder import Unobserved
+from vla_core.observation.builder import ObservationBuilder, Unobserved
 from vla_core.runtime.core import PolicyCore
 
 
@@ -42,25 +42,29 @@ class Replay:
                 name: {"mae": float(np.nanmean(error[..., i])), "unit": self.units[i]}
                 for i, name in enumerate(self.names)
             },
-            "mae_per_step": np.nanmean(share, axis=(0, 2)).tolist(),
+            "mae_per_step": [
+                float(np.nanmean(share[:, k])) if self.known[:, k].any() else None for k in range(share.shape[1])
+            ],
         }
 
 
 def replay(path: Path, core: PolicyCore) -> Replay:
     """Replay one bag through the node's core, predicting at every control tick."""
     contract = core.contract
-    needed = {stream.topic: stream.type for stream in core.builder.streams.values()}
-    needed[contract.action.topic] = contract.action.type
     summary = bags.info(path)
     if not summary.whole:
         raise BagError(f"{path}: {summary.note}")
     if bags.CONTRACT_KEY in summary.metadata:
         contract.check_same(summary.contract, "the checkpoint", str(path))
+        contract = contract.with_topics_of(summary.contract)
+    builder = ObservationBuilder(contract, core.policy.spec)
+    needed = {stream.topic: stream.type for stream in builder.streams.values()}
+    needed[contract.action.topic] = contract.action.type
     bags.require_topics(summary, needed)
     messages = list(bags.read(path, set(needed)))
     commands = Commands(messages, contract)
     stamps, predicted, recorded, known = [], [], [], []
-    for tick_ns in replay_ticks(messages, core.builder, core.buffer):
+    for tick_ns in replay_ticks(messages, builder, core.buffer):
         try:
             chunk = core.infer(tick_ns)
         except Unobserved:

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 from vla_core.data import bag as bags
 from vla_core.errors import VlaError
 from vla_core.observation.batch import collate
-from vla_core.observation.builder import Observation, Unobserved
+from vla_core.observation.builder import Observation, ObservationBuilder, Unobserved
 from vla_core.runtime.chunk_executor import ActionChunk
 from vla_core.runtime.core import PolicyCore
 from vla_core.runtime.policy import Policy
@@ -56,19 +56,22 @@ def compare(log: Path, bag: Path, policy: Policy) -> Parity:
     live = load_file(log)
     core = PolicyCore(policy)
     summary = bags.info(bag)
-    by_topic = {stream.topic: name for name, stream in core.builder.streams.items()}
-    bags.require_topics(summary, {s.topic: s.type for s in core.builder.streams.values()})
-    messages = sorted(bags.read(bag, set(by_topic)), key=lambda m: m.stamp_ns)
+    builder = core.builder
+    if bags.CONTRACT_KEY in summary.metadata:
+        builder = ObservationBuilder(policy.contract.with_topics_of(summary.contract), policy.spec)
+    bags.require_topics(summary, {s.topic: s.type for s in builder.streams.values()})
+    messages = sorted(bags.read(bag, set(builder.by_topic)), key=lambda m: m.stamp_ns)
     entries: list[tuple[Observation, ActionChunk]] = []
     rows, fed = [], 0
     for row, stamp_ns in enumerate(live["stamp_ns"].tolist()):
         while fed < len(messages) and messages[fed].stamp_ns <= stamp_ns:
-            core.buffer.add(by_topic[messages[fed].topic], messages[fed].stamp_ns, messages[fed].data)
+            for name in builder.by_topic[messages[fed].topic]:
+                core.buffer.add(name, messages[fed].stamp_ns, messages[fed].data)
             fed += 1
         if fed == 0 or (fed == len(messages) and messages[-1].stamp_ns < stamp_ns):
             continue  # before or after this bag
         try:
-            observation = core.builder.build(core.buffer, stamp_ns)
+            observation = builder.build(core.buffer, stamp_ns)
         except Unobserved:
             continue
         entries.append((observation, policy.predict(observation)))

@@ -71,6 +71,9 @@ class ObservationBuilder:
         self.contract = contract
         self.spec = spec
         self.streams: dict[str, Stream] = {name: contract.stream(name) for name in spec.names}
+        self.by_topic: dict[str, list[str]] = {}  # one topic may hold several streams, as joint_states does
+        for name, stream in self.streams.items():
+            self.by_topic.setdefault(stream.topic, []).append(name)
         self._decoded: dict[str, tuple[int, bytes, Value]] = {}
 
     def make_buffer(self) -> MemoryBuffer:

@@ -20,6 +20,10 @@ RAW_ENCODINGS: dict[str, tuple[int, int | None]] = {
 }
 
 
+# Pixels as they are stored: an EXIF rotation would make the compressed stream differ from the raw one.
+DECODE_FLAGS = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
+
+
 def raw_to_rgb(message: Any) -> np.ndarray:
     """``sensor_msgs/Image`` to (H, W, 3) uint8 RGB; a view without a copy when the message is unpadded rgb8."""
     if message.encoding not in RAW_ENCODINGS:
@@ -38,7 +42,7 @@ def raw_to_rgb(message: Any) -> np.ndarray:
 
 def compressed_to_rgb(message: Any) -> np.ndarray:
     """``sensor_msgs/CompressedImage`` (JPEG or PNG) to (H, W, 3) uint8 RGB."""
-    pixels = cv2.imdecode(message.data, cv2.IMREAD_COLOR_RGB) if len(message.data) else None
+    pixels = cv2.imdecode(message.data, DECODE_FLAGS) if len(message.data) else None
     if pixels is None:
         raise MessageError(f"compressed image of {len(message.data)} bytes, format {message.format!r}, does not decode")
     return pixels

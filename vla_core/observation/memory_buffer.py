@@ -62,8 +62,8 @@ class MemoryBuffer:
             ring = self._rings[name]
             if name in self._latched:
                 ring.clear()
-            elif stamp_ns < self._not_before_ns:
-                return False
+            elif self._not_before_ns - self._span_ns <= stamp_ns < self._not_before_ns:
+                return False  # from the end of the last episode; older still is a clock that was set back
             elif ring.stamps and stamp_ns < ring.stamps[-1] - self._span_ns:
                 ring.clear()
             place = bisect.bisect_left(ring.stamps, stamp_ns)
@@ -73,7 +73,7 @@ class MemoryBuffer:
             ring.messages.insert(place, data)
             ring.bytes += len(data)
             self._trim(ring)
-            return True
+            return ring.stamps[0] <= stamp_ns
 
     def sample(self, name: str, at_ns: int) -> tuple[int, bytes] | None:
         """Newest ``(stamp_ns, message)`` not after ``at_ns``; for a latched stream, its newest."""

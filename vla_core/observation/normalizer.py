@@ -73,6 +73,9 @@ class Normalizer:
             raise StatisticsError(
                 f"statistics of {name!r} lack {', '.join(absent)} for {mode}; they have: {choices(found)}"
             )
+        for key in REQUIRED[mode]:
+            if not np.isfinite(found[key]).all():
+                raise StatisticsError(f"statistics of {name!r} are not finite: {key} {found[key]}")
         if mode == "mean_std":
             shift, scale = np.asarray(found["mean"]), np.asarray(found["std"])
         else:

@@ -39,11 +39,14 @@ class ChunkExecutor:
     def __init__(self, execute_steps: int) -> None:
         self.execute_steps = execute_steps
         self._chunk: ActionChunk | None = None
+        self._not_before_ns = 0
         self._lock = threading.Lock()
 
     def push(self, chunk: ActionChunk) -> None:
         """Take over a chunk, unless one from a newer observation is already there."""
         with self._lock:
+            if chunk.observation_stamp_ns < self._not_before_ns:
+                return  # the model was still thinking when the episode ended
             if self._chunk is None or chunk.observation_stamp_ns >= self._chunk.observation_stamp_ns:
                 self._chunk = chunk
 
@@ -55,6 +58,7 @@ class ChunkExecutor:
     def start_episode(self, stamp_ns: int) -> None:
         """Forget a chunk of another episode; one from this episode's first observation may be there already."""
         with self._lock:
+            self._not_before_ns = stamp_ns
             if self._chunk and not stamp_ns <= self._chunk.observation_stamp_ns < stamp_ns + self._chunk.step_ns:
                 self._chunk = None
 

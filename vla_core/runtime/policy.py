@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from vla_core.checkpoint import Checkpoint
@@ -39,9 +40,14 @@ class Policy:
     def predict(self, observation: Observation) -> ActionChunk:
         """The chunk for one observation; raises :class:`PolicyError` when it is not finite."""
         inputs = collate([observation], self.checkpoint.normalizer, self.checkpoint.tokenizer)
-        generator = torch.Generator().manual_seed((self.seed << 32) ^ (observation.stamp_ns & 0x7FFFFFFFFFFF))
+        generator = torch.Generator().manual_seed(_noise_seed(self.seed, observation.stamp_ns))
         normalized = self.checkpoint.model.predict(inputs, generator)[0].numpy()  # (H, A)
         actions = self.checkpoint.normalizer.unnormalize("action", normalized)
         if not torch.isfinite(torch.from_numpy(actions)).all():
             raise PolicyError(f"the policy predicted a non-finite action at stamp {observation.stamp_ns}")
         return ActionChunk(observation.stamp_ns, self.contract.step_ns, actions)
+
+
+def _noise_seed(seed: int, stamp_ns: int) -> int:
+    """32 bits from both: torch's generator on the CPU ignores all higher ones."""
+    return int(np.random.SeedSequence([seed, stamp_ns]).generate_state(1)[0])

@@ -182,6 +182,11 @@ class MetaWorld:
     def _vectors(self) -> dict[str, np.ndarray]:
         """What Meta-World can tell: its 39 numbers, hand position and gripper opening alone, and the arm's joints."""
         data = self._env.data
+        known = [data.model.joint(i).name for i in range(data.model.njnt)]
+        absent = [name for name in self._joint_names if name not in known]
+        if absent:
+            raise SimulationError(f"contract {self.contract.name!r}: Meta-World's robot has no joint "
+                                  f"{', '.join(absent)}; choices: {choices(known)}")  # fmt: skip
         joints = np.array([float(data.joint(name).qpos[0]) for name in self._joint_names])
         return {"state": self._state, "hand": self._state[:HAND_SIZE], "joints": joints}
 

@@ -29,6 +29,12 @@ class MiniVLARecipe:
     vision: TinyCNNConfig = field(default_factory=TinyCNNConfig)
     head: DiffusionHeadConfig | MLPHeadConfig = field(default_factory=DiffusionHeadConfig)
 
+    def __post_init__(self) -> None:
+        if self.horizon < 1:
+            raise ConfigError(f"horizon: expected at least 1, found {self.horizon}")
+        if self.vision.d_model != self.d_model:
+            raise ConfigError(f"vision.d_model: expected d_model ({self.d_model}), found {self.vision.d_model}")
+
     def config(self, cameras: tuple[str, ...], state_dim: int, action_dim: int, vocab_size: int) -> MiniVLAConfig:
         """The whole model configuration for a dataset."""
         return MiniVLAConfig(
@@ -59,6 +65,13 @@ class Training:
         for name in ("steps", "batch_size", "validate_every"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: expected at least 1, found {getattr(self, name)}")
+        if not 0 < self.learning_rate < float("inf"):
+            raise ConfigError(f"learning_rate: expected a positive number, found {self.learning_rate}")
+        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
+            raise ConfigError(f"ema_decay: expected null or 0 to 1, found {self.ema_decay}")
+        for name in ("image_shift", "state_noise", "warmup_steps", "weight_decay"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"{name}: expected at least 0, found {getattr(self, name)}")
 
 
 @dataclass(frozen=True, kw_only=True)

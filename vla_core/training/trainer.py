@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vla_core.checkpoint import Checkpoint, PolicyConfig
+from vla_core.contract import ContractError, RobotContract
 from vla_core.data.dataset import ChunkWindows, Dataset
 from vla_core.errors import VlaError
 from vla_core.model.inputs import ModelInputs
@@ -97,7 +98,10 @@ def train(
     if dataset.spec != recipe.observation:
         raise TrainingError("the dataset was built for another observation than the recipe's: "
                             f"{dataset.spec} against {recipe.observation}; convert the bags again")  # fmt: skip
+    if validation and (validation.spec != dataset.spec or _differ(validation.contract, dataset.contract)):
+        raise TrainingError("the validation dataset was built for another observation or contract than the dataset")
     options = recipe.training
+    _check_device(options.device)
     torch.manual_seed(options.seed)
     rng = np.random.default_rng(options.seed)
     tokenizer = WordTokenizer()
@@ -144,6 +148,9 @@ def train(
             writer.add_scalar("train/learning_rate", rate, step + 1)
             if measured:
                 writer.add_scalar("validation/loss", validation_loss, step + 1)
+    if not all(p.isfinite().all() for p in averaged.parameters()):
+        raise TrainingError(f"the weights are not finite after step {options.steps}; lower training.learning_rate "
+                            f"({options.learning_rate})")  # fmt: skip
     seconds = time.perf_counter() - start
     if writer is not None:
         writer.close()
@@ -153,6 +160,21 @@ def train(
         model=averaged.to("cpu").eval(), normalizer=normalizer, tokenizer=tokenizer, contract=dataset.contract,
     )  # fmt: skip
     return Result(checkpoint, seconds, smoothed, validation_loss)
+
+
+def _check_device(name: str) -> None:
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:  # an assertion where torch was built without CUDA
+        raise TrainingError(f"training.device: {name!r} cannot be used: {str(error).splitlines()[0]}") from None
+
+
+def _differ(a: RobotContract, b: RobotContract) -> bool:
+    try:
+        a.check_same(b, "", "")
+    except ContractError:
+        return True
+    return False
 
 
 @torch.no_grad()

@@ -54,7 +54,7 @@ class WordTokenizer:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> WordTokenizer:
         """Read what :meth:`to_dict` wrote; raises :class:`VlaError` when it is something else."""
-        if data.get("type") != "word" or not isinstance(data.get("words"), list):
+        if not isinstance(data, dict) or data.get("type") != "word" or not isinstance(data.get("words"), list):
             raise VlaError(f"tokenizer: expected type 'word' and a list of words, found {data}")
         return cls(data["words"])
 
