@@ -53,6 +53,7 @@ demo: setup
 # pytest comes last, so that its closing line is the last one.
 test: setup
 	$(PY) -m ruff check
+	$(PY) -m ruff format --check
 	$(PY) -m mypy
 	$(PY) -m pytest
 

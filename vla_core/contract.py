@@ -85,8 +85,9 @@ class Action:
     def __post_init__(self) -> None:
         for key in ("units", "low", "high", "safe"):
             if len(getattr(self, key)) != len(self.names):
-                raise ConfigError(f"{key}: expected {len(self.names)} values, one per name, "
-                                  f"found {len(getattr(self, key))}")
+                raise ConfigError(
+                    f"{key}: expected {len(self.names)} values, one per name, found {len(getattr(self, key))}"
+                )
         for name, low, high in zip(self.names, self.low, self.high, strict=True):
             if not low < high:
                 raise ConfigError(f"low: {name} has low {low} and high {high}; low must be below high")
@@ -114,8 +115,9 @@ class RobotContract:
     def stream(self, name: str) -> Stream:
         """The observation ``name``; the error lists those that exist."""
         if name not in self.observations:
-            raise ContractError(f"contract {self.name!r} has no observation {name!r}; "
-                                f"choices: {choices(self.observations)}")
+            raise ContractError(
+                f"contract {self.name!r} has no observation {name!r}; choices: {choices(self.observations)}"
+            )
         return self.observations[name]
 
     def check_same(self, other: RobotContract, here: str, there: str) -> None:
@@ -124,8 +126,10 @@ class RobotContract:
         difference = _first_difference(mine, theirs, "")
         if difference:
             path, a, b = difference
-            raise ContractError(f"the contracts disagree at {path}: {here} has {a!r}, {there} has {b!r}; "
-                                "a robot's file may only change topics, so retrain or use the matching contract")
+            raise ContractError(
+                f"the contracts disagree at {path}: {here} has {a!r}, {there} has {b!r}; "
+                "a robot's file may only change topics, so retrain or use the matching contract"
+            )
 
     def with_topics_of(self, other: RobotContract) -> RobotContract:
         """This contract with the topics of ``other``, which must be the same otherwise."""

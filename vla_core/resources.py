@@ -23,9 +23,7 @@ def share(relative: str) -> Path:
         if candidate.exists():
             return candidate
     places = ", ".join(str(candidate) for candidate in candidates)
-    raise FileNotFoundError(
-        f"{relative} is not among the files shipped with {PACKAGE}; looked at {places}"
-    )
+    raise FileNotFoundError(f"{relative} is not among the files shipped with {PACKAGE}; looked at {places}")
 
 
 def _roots() -> Iterator[Path]:

@@ -18,9 +18,7 @@ from vla_ros.msg import Episode
 
 CHUNK_TOPIC = "action_chunk"
 COMMAND_QOS = QoSProfile(depth=100, reliability=ReliabilityPolicy.RELIABLE)
-EPISODE_QOS = QoSProfile(
-    depth=10, reliability=ReliabilityPolicy.RELIABLE, durability=DurabilityPolicy.TRANSIENT_LOCAL
-)
+EPISODE_QOS = QoSProfile(depth=10, reliability=ReliabilityPolicy.RELIABLE, durability=DurabilityPolicy.TRANSIENT_LOCAL)
 
 
 def message_class(type_name: str) -> Any:
@@ -35,9 +33,7 @@ def message_class(type_name: str) -> Any:
 def stream_qos(stream: Stream, depth: int = 10) -> QoSProfile:
     """QoS of a contract stream; a latched one is transient-local, so that late joiners get its value."""
     if stream.latched:
-        return QoSProfile(
-            depth=1, reliability=ReliabilityPolicy.RELIABLE, durability=DurabilityPolicy.TRANSIENT_LOCAL
-        )
+        return QoSProfile(depth=1, reliability=ReliabilityPolicy.RELIABLE, durability=DurabilityPolicy.TRANSIENT_LOCAL)
     reliable = stream.reliability == "reliable"
     return QoSProfile(
         depth=depth,

@@ -60,5 +60,3 @@ def _run(parsed: argparse.Namespace) -> int:
     if environ.get("DISPLAY") or environ.get("WAYLAND_DISPLAY"):
         webbrowser.open(page.resolve().as_uri())
     return 0
-
-

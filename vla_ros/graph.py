@@ -107,10 +107,7 @@ def resolve(graph: Graph, given: Mapping[str, Scalar]) -> tuple[Node, ...]:
     for i, (node, name) in enumerate(zip(nodes, names, strict=True)):
         _check_names(node, f"nodes[{i}]")
         if name in names[:i]:
-            raise ConfigError(
-                f"nodes[{i}].name: {name!r} is also nodes[{names.index(name)}]; "
-                "expected one node a name"
-            )
+            raise ConfigError(f"nodes[{i}].name: {name!r} is also nodes[{names.index(name)}]; expected one node a name")
         for j, entry in enumerate(node.parameters):
             if isinstance(entry, str) and not Path(entry).is_file():
                 raise ConfigError(f"nodes[{i}].parameters[{j}]: no such parameter file: {entry}")
@@ -134,9 +131,7 @@ def parameter_files(node: Node, folder: Path) -> list[str]:
     return files
 
 
-def _argument_values(
-    arguments: Mapping[str, Argument], given: Mapping[str, Scalar]
-) -> dict[str, Scalar]:
+def _argument_values(arguments: Mapping[str, Argument], given: Mapping[str, Scalar]) -> dict[str, Scalar]:
     for name in given:
         if name not in arguments:
             raise ConfigError(f"argument {name}: unknown; choices: {choices(arguments)}")
@@ -147,9 +142,7 @@ def _argument_values(
         elif argument.default is not None:
             values[name] = argument.default
         else:
-            raise ConfigError(
-                f"argument {name}: missing ({argument.description}); give it as {name}=VALUE"
-            )
+            raise ConfigError(f"argument {name}: missing ({argument.description}); give it as {name}=VALUE")
     return values
 
 
@@ -166,8 +159,7 @@ def _typed(name: str, value: Scalar, default: Scalar | None) -> Scalar:
         return float(read)
     if type(read) is not kind:
         raise ConfigError(
-            f"argument {name}: found {value!r}, expected a value of type {kind.__name__} "
-            f"such as {default!r}"
+            f"argument {name}: found {value!r}, expected a value of type {kind.__name__} such as {default!r}"
         )
     return kind(read)
 
@@ -222,10 +214,7 @@ def _check_references(value: Any, path: str, arguments: set[str]) -> None:
     elif isinstance(value, str):
         for reference in REFERENCE.finditer(value):
             if reference[1] not in arguments:
-                raise ConfigError(
-                    f"{path}: {reference[0]} is no argument of this graph; "
-                    f"choices: {choices(arguments)}"
-                )
+                raise ConfigError(f"{path}: {reference[0]} is no argument of this graph; choices: {choices(arguments)}")
 
 
 def _with_absolute_files(node: Node, folder: Path) -> Node:
@@ -246,6 +235,5 @@ def _check_names(node: Node, path: str) -> None:
     ):
         if not isinstance(value, str) or not pattern.fullmatch(value):
             raise ConfigError(
-                f"{path}.{key}: found {value!r}, expected letters, digits and _ "
-                "that do not start with a digit"
+                f"{path}.{key}: found {value!r}, expected letters, digits and _ that do not start with a digit"
             )

@@ -51,9 +51,7 @@ def node_command(node: Node) -> list[str]:
     if importlib.util.find_spec(module) is None:
         folders = [Path(folder) for folder in vla_ros.__path__]
         programs = {path.stem for folder in folders for path in folder.glob("*_node.py")}
-        raise ConfigError(
-            f"node {node.name}: no executable {node.executable!r}; choices: {choices(programs)}"
-        )
+        raise ConfigError(f"node {node.name}: no executable {node.executable!r}; choices: {choices(programs)}")
     return [sys.executable, "-m", module]
 
 
@@ -295,13 +293,9 @@ def _exit_text(code: int) -> str:
 
 def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add `up` to the `vla` command line; its `run` takes the parsed arguments."""
-    parser = commands.add_parser(
-        "up", help="start the nodes of a graph", description="Start the nodes of a graph."
-    )
+    parser = commands.add_parser("up", help="start the nodes of a graph", description="Start the nodes of a graph.")
     parser.add_argument("graph", type=Path, help="a graph, such as config/graphs/push_demo.yaml")
-    parser.add_argument(
-        "arguments", nargs="*", metavar="name=value", help="the graph's arguments; see the file"
-    )
+    parser.add_argument("arguments", nargs="*", metavar="name=value", help="the graph's arguments; see the file")
     parser.set_defaults(run=_run)
 
 

@@ -77,9 +77,7 @@ def build_messages(source: Path, prefix: Path, build: Path) -> None:
     log = build / "build.log"
     with log.open("wb") as output:
         for command in (configure, [cmake, "--build", str(build), "--target", "install"]):
-            result = subprocess.run(
-                command, env=environment, stdout=output, stderr=subprocess.STDOUT, check=False
-            )
+            result = subprocess.run(command, env=environment, stdout=output, stderr=subprocess.STDOUT, check=False)
             if result.returncode != 0:
                 lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
                 tail = "\n".join(lines[-25:])

@@ -68,9 +68,7 @@ def test_another_topic_is_the_same_contract() -> None:
         ),
     ],
 )
-def test_a_disagreement_names_the_place_and_both_sides(
-    other: RobotContract, path: str, sides: tuple[str, str]
-) -> None:
+def test_a_disagreement_names_the_place_and_both_sides(other: RobotContract, path: str, sides: tuple[str, str]) -> None:
     with pytest.raises(ContractError) as caught:
         CONTRACT.check_same(other, "the checkpoint", "robot.yaml")
     text = str(caught.value)

@@ -241,9 +241,7 @@ def test_bags_of_another_contract_are_refused_and_remapped_topics_are_not(tmp_pa
     with pytest.raises(ContractError, match=r"observations\.arm\.max_age_s.*0\.05.*other has 0\.5"):
         convert([first, other], tmp_path / "set", SPEC)
 
-    moved = [
-        dataclasses.replace(m, topic="left/state") if m.topic == "arm/state" else m for m in stream_messages(5)
-    ]
+    moved = [dataclasses.replace(m, topic="left/state") if m.topic == "arm/state" else m for m in stream_messages(5)]
     remapped = write_bag(tmp_path / "remapped", moved, with_stream("arm", topic="left/state"))
     assert len(convert([first, remapped], tmp_path / "set", SPEC).episodes) == 2
 

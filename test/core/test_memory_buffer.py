@@ -61,9 +61,7 @@ TestAgainstAList.settings = settings(max_examples=60, stateful_step_count=40, de
 
 
 @given(st.lists(st.tuples(st.integers(0, 200), st.integers(0, 15)), max_size=60), st.integers(-10, 260))
-def test_a_sample_is_never_from_the_future_and_memory_is_bounded(
-    messages: list[tuple[int, int]], at: int
-) -> None:
+def test_a_sample_is_never_from_the_future_and_memory_is_bounded(messages: list[tuple[int, int]], at: int) -> None:
     """Any order, any jumps: the two promises that hold whatever comes in."""
     buffer = MemoryBuffer(["s"], span_ns=SPAN, max_bytes=MAX_BYTES)
     for stamp, size in messages:

@@ -121,11 +121,7 @@ def participant(bare_environment: dict[str, str]) -> Iterator[tuple[subprocess.P
         for lock in set(middleware.SHARED_MEMORY.glob("fastdds_*_el")) - before
         if f"/{lock.name}" in opened(process.pid)
     ]
-    (large,) = [
-        lock
-        for lock in mine
-        if "port" not in lock.name and segment(lock).stat().st_size > 60_000_000
-    ]
+    (large,) = [lock for lock in mine if "port" not in lock.name and segment(lock).stat().st_size > 60_000_000]
     yield process, large
     process.kill()
     process.communicate()
@@ -136,9 +132,7 @@ def participant(bare_environment: dict[str, str]) -> Iterator[tuple[subprocess.P
 
 
 def opened(process: int) -> str:
-    return "\n".join(
-        os.readlink(fd) for fd in Path(f"/proc/{process}/fd").iterdir() if fd.is_symlink()
-    )
+    return "\n".join(os.readlink(fd) for fd in Path(f"/proc/{process}/fd").iterdir() if fd.is_symlink())
 
 
 def segment(lock: Path) -> Path:
@@ -167,9 +161,7 @@ def test_a_segment_that_was_just_made_is_left_alone(tmp_path: Path) -> None:
     assert segment(lock).exists()
 
 
-def test_too_little_shared_memory_is_said(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_too_little_shared_memory_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(middleware, "SEGMENT_BYTES", 10**18)
     middleware.configure()
     assert "MB free and a node takes" in capsys.readouterr().err

@@ -54,9 +54,7 @@ class Robot:
         action = contract.action
         self.node.create_subscription(JointState, action.topic, self.commands.append, COMMAND_QOS)
         self.node.create_subscription(ActionChunk, "action_chunk", self.chunks.append, COMMAND_QOS)
-        self.node.create_subscription(
-            DiagnosticArray, "/diagnostics", lambda m: self.diagnostics.extend(m.status), 10
-        )
+        self.node.create_subscription(DiagnosticArray, "/diagnostics", lambda m: self.diagnostics.extend(m.status), 10)
         self.publishers["instruction"].publish(String(data="push the puck to the goal"))
 
     def observe(self, *, image: bool = True, stamp_ns: int | None = None) -> int:
@@ -189,9 +187,7 @@ def test_wrong_names_in_a_state_are_listed(ros: Ros, checkpoint: Path, contract:
     assert policy.trigger_deactivate() == OK
 
 
-def test_a_topic_of_another_type_is_named(
-    ros: Ros, domain: int, checkpoint: Path, contract: RobotContract
-) -> None:
+def test_a_topic_of_another_type_is_named(ros: Ros, domain: int, checkpoint: Path, contract: RobotContract) -> None:
     policy = make_policy(ros, checkpoint)
     diagnostics: list[Any] = []
     listener = ros.node("listener")
@@ -250,9 +246,7 @@ def test_a_robot_may_remap_topics(ros: Ros, checkpoint: Path, contract: RobotCon
     ros.spin_until(lambda: policy.count_subscribers("/front/compressed") == 1, f"the remapped topic {topics}")
 
 
-def test_ctrl_c_sends_the_safe_action_and_exits_with_0(
-    ros: Ros, checkpoint: Path, contract: RobotContract
-) -> None:
+def test_ctrl_c_sends_the_safe_action_and_exits_with_0(ros: Ros, checkpoint: Path, contract: RobotContract) -> None:
     robot = Robot(ros, contract)
     process = subprocess.Popen(
         [sys.executable, "-m", "vla_ros.policy_node", "--ros-args", "-p", f"checkpoint:={checkpoint}"],

@@ -220,17 +220,26 @@ td,th{{padding:.15rem .8rem;border-bottom:1px solid #ddd;text-align:left}} .vide
 <h1>{html.escape(result.task)} with {html.escape(result.recipe)}</h1>
 <p>Recorded, trained, run live and replayed over ROS 2. Camera {html.escape(result.camera)},
 contract {html.escape(result.contract.name)}; scores are from lockstep runs of at most {result.max_steps} steps,
-latencies from {numbers['realtime_episodes']} episodes in realtime.</p>
+latencies from {numbers["realtime_episodes"]} episodes in realtime.</p>
 <div class=tiles>{tiles}</div>
 <h2>Live episodes</h2><div class=video>{video}</div>
 <h2>Success</h2>{_picture(bars, "png", "success rates")}<p>{sight}</p>
 <h2>Training</h2>{_picture(plots.training_curve(result.history), "png", "loss")}
-<h2>Latency in realtime</h2>{_picture(plots.latency_histograms({
-    "inference": result.realtime.latencies["inference_ms"],
-    "observation to command": result.realtime.latencies["observation_to_command_ms"]}), "png", "latencies")}
-<p>{numbers['realtime_late_ticks']} control ticks of the simulator were late in {numbers['realtime_episodes']}
-episodes; the policy sent {result.realtime.counts['commands']} commands and
-{result.realtime.counts['safe_commands']} safe ones.</p>
+<h2>Latency in realtime</h2>{
+        _picture(
+            plots.latency_histograms(
+                {
+                    "inference": result.realtime.latencies["inference_ms"],
+                    "observation to command": result.realtime.latencies["observation_to_command_ms"],
+                }
+            ),
+            "png",
+            "latencies",
+        )
+    }
+<p>{numbers["realtime_late_ticks"]} control ticks of the simulator were late in {numbers["realtime_episodes"]}
+episodes; the policy sent {result.realtime.counts["commands"]} commands and
+{result.realtime.counts["safe_commands"]} safe ones.</p>
 <h2>Replay of a held-out bag</h2>
 {_picture(plots.replay_traces(result.replay), "png", "predicted and recorded actions")}
 {_picture(plots.replay_errors(result.replay), "png", "error over the horizon")}

@@ -20,9 +20,7 @@ def _named_values(message: Any, stream: Stream | Action) -> np.ndarray:
     """Entries ``stream.names`` of a ``sensor_msgs/JointState``, (len(names),) float64."""
     values = np.asarray(getattr(message, stream.field or "position"))
     if len(values) != len(message.name):
-        raise MessageError(
-            f"{stream.topic}: {len(message.name)} names but {len(values)} values in {stream.field!r}"
-        )
+        raise MessageError(f"{stream.topic}: {len(message.name)} names but {len(values)} values in {stream.field!r}")
     if tuple(message.name) == stream.names:  # the usual case costs no search
         return values
     index = {name: i for i, name in enumerate(message.name)}

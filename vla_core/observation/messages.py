@@ -103,9 +103,7 @@ def joint_state(stamp_ns: int, names: tuple[str, ...], field: str, values: np.nd
     arrays = {key: np.zeros(0) for key in ("position", "velocity", "effort")}
     arrays[field] = np.asarray(values, dtype=np.float64)
     cls = typestore().types["sensor_msgs/msg/JointState"]
-    return serialize(
-        "sensor_msgs/msg/JointState", cls(header=header(stamp_ns, frame_id), name=list(names), **arrays)
-    )
+    return serialize("sensor_msgs/msg/JointState", cls(header=header(stamp_ns, frame_id), name=list(names), **arrays))
 
 
 def text(value: str) -> bytes:

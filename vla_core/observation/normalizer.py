@@ -14,6 +14,7 @@ Statistics = dict[str, dict[str, list[float]]]
 
 REQUIRED = {"mean_std": ("mean", "std"), "min_max": ("min", "max"), "none": ()}
 
+
 class StatisticsError(VlaError):
     """Statistics that a policy needs and does not have."""
 

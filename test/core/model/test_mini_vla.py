@@ -76,9 +76,7 @@ def test_the_published_model_has_its_published_size() -> None:
     assert sum(p.numel() for p in model.parameters()) == published + absent
 
 
-@pytest.mark.parametrize(
-    "head", [DiffusionHeadConfig(), SEED_HEAD, MLPHeadConfig()], ids=lambda head: head.type
-)
+@pytest.mark.parametrize("head", [DiffusionHeadConfig(), SEED_HEAD, MLPHeadConfig()], ids=lambda head: head.type)
 def test_predict_has_the_shape_of_a_chunk_and_follows_the_generator(head: Any) -> None:
     model = MiniVLA(config(head=head))
     first = model.predict(inputs(5), seeded())

@@ -66,9 +66,7 @@ def test_add_noise_and_both_conversions() -> None:
     # At t = 15 there is almost no signal left to solve for, so the tolerance follows abar.
     solved = schedule.sample_from_epsilon(x_t, times, tensor(noise)).numpy()
     assert np.all(np.abs(solved - x0) < 1e-5 / np.sqrt(abar))
-    np.testing.assert_allclose(
-        schedule.epsilon_from_sample(x_t, times, tensor(x0)).numpy()[1:], noise[1:], atol=1e-4
-    )
+    np.testing.assert_allclose(schedule.epsilon_from_sample(x_t, times, tensor(x0)).numpy()[1:], noise[1:], atol=1e-4)
 
 
 @pytest.mark.parametrize(("t", "previous"), [(15, 14), (9, 8), (9, 4), (1, 0), (4, -1), (0, -1)])
@@ -81,14 +79,10 @@ def test_ddpm_step_is_the_posterior(t: int, previous: int) -> None:
         expected = x0
     else:
         precision = 1 / (1 - abar[previous]) + alpha / (1 - alpha)
-        mean = (
-            np.sqrt(abar[previous]) * x0 / (1 - abar[previous]) + np.sqrt(alpha) * x_t / (1 - alpha)
-        ) / precision
+        mean = (np.sqrt(abar[previous]) * x0 / (1 - abar[previous]) + np.sqrt(alpha) * x_t / (1 - alpha)) / precision
         expected = mean + noise / np.sqrt(precision)
 
-    step = NoiseSchedule("linear", 16).ddpm_step(
-        tensor(x_t), tensor(x0), t, previous, tensor(noise)
-    )
+    step = NoiseSchedule("linear", 16).ddpm_step(tensor(x_t), tensor(x0), t, previous, tensor(noise))
     np.testing.assert_allclose(step.numpy(), expected, atol=2e-4)
 
 
@@ -98,14 +92,8 @@ def test_ddim_step(t: int, previous: int, eta: float) -> None:
     x_t, x0, noise = gaussians(3)
     abar = np.append(alpha_bar("linear", 16), 1.0)
     epsilon = (x_t - np.sqrt(abar[t]) * x0) / np.sqrt(1 - abar[t])
-    sigma = (
-        eta * np.sqrt((1 - abar[previous]) / (1 - abar[t])) * np.sqrt(1 - abar[t] / abar[previous])
-    )
-    expected = (
-        np.sqrt(abar[previous]) * x0
-        + np.sqrt(1 - abar[previous] - sigma**2) * epsilon
-        + sigma * noise
-    )
+    sigma = eta * np.sqrt((1 - abar[previous]) / (1 - abar[t])) * np.sqrt(1 - abar[t] / abar[previous])
+    expected = np.sqrt(abar[previous]) * x0 + np.sqrt(1 - abar[previous] - sigma**2) * epsilon + sigma * noise
 
     schedule = NoiseSchedule("linear", 16)
     step = schedule.ddim_step(tensor(x_t), tensor(x0), t, previous, tensor(noise), eta)
@@ -128,21 +116,15 @@ def test_seed_step_is_what_was_published() -> None:
     beta = np.linspace(1e-4, 1e-2, 16)[6]
     schedule = NoiseSchedule("mini_vla_seed", 16)
     step = schedule.mini_vla_seed_step(tensor(x0), 6, tensor(noise))
-    np.testing.assert_allclose(
-        step.numpy(), np.sqrt(1 - beta) * x0 + np.sqrt(beta) * noise, atol=1e-6
-    )
-    torch.testing.assert_close(
-        schedule.mini_vla_seed_step(tensor(x0), 0, tensor(noise)), tensor(x0)
-    )
+    np.testing.assert_allclose(step.numpy(), np.sqrt(1 - beta) * x0 + np.sqrt(beta) * noise, atol=1e-6)
+    torch.testing.assert_close(schedule.mini_vla_seed_step(tensor(x0), 0, tensor(noise)), tensor(x0))
 
 
 @pytest.mark.parametrize(
     ("train_steps", "inference_steps", "expected"),
     [(4, 4, [3, 2, 1, 0]), (50, 5, [49, 39, 29, 19, 9]), (16, 1, [15]), (10, 3, [9, 6, 2])],
 )
-def test_inference_starts_from_pure_noise(
-    train_steps: int, inference_steps: int, expected: list[int]
-) -> None:
+def test_inference_starts_from_pure_noise(train_steps: int, inference_steps: int, expected: list[int]) -> None:
     assert inference_timesteps(train_steps, inference_steps) == expected
 
 

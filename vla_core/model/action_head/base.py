@@ -59,14 +59,10 @@ def register_action_head(name: str) -> Callable[[Head], Head]:
     return register
 
 
-def build_action_head(
-    config: Any, *, horizon: int, action_dim: int, context_dim: int
-) -> ActionHeadBase:
+def build_action_head(config: Any, *, horizon: int, action_dim: int, context_dim: int) -> ActionHeadBase:
     """Build the head that is registered under ``config.type``."""
     if config.type not in ACTION_HEAD_REGISTRY:
-        raise VlaError(
-            f"no action head {config.type!r} registered; choices: {choices(ACTION_HEAD_REGISTRY)}"
-        )
+        raise VlaError(f"no action head {config.type!r} registered; choices: {choices(ACTION_HEAD_REGISTRY)}")
     cls = ACTION_HEAD_REGISTRY[config.type]
     return cls(config, horizon=horizon, action_dim=action_dim, context_dim=context_dim)
 

@@ -52,8 +52,7 @@ class DiffusionHeadConfig:
             raise ConfigError(f"train_steps: expected at least 1, found {self.train_steps}")
         if not 1 <= self.inference_steps <= self.train_steps:
             raise ConfigError(
-                f"inference_steps: expected 1 to train_steps ({self.train_steps}), "
-                f"found {self.inference_steps}"
+                f"inference_steps: expected 1 to train_steps ({self.train_steps}), found {self.inference_steps}"
             )
         if self.sampler == "mini_vla_seed" and self.inference_steps != self.train_steps:
             raise ConfigError(
@@ -72,9 +71,7 @@ def time_embedding(t: Tensor, dim: int) -> Tensor:
 class ChunkDenoiser(nn.Module):
     """An MLP over the flattened noisy chunk, the time and the context."""
 
-    def __init__(
-        self, *, chunk_dim: int, time_dim: int, context_dim: int, hidden_dim: int, layers: int
-    ) -> None:
+    def __init__(self, *, chunk_dim: int, time_dim: int, context_dim: int, hidden_dim: int, layers: int) -> None:
         super().__init__()
         self.time_dim = time_dim
         self.net = mlp(chunk_dim + time_dim + context_dim, hidden_dim, layers, chunk_dim)
@@ -90,9 +87,7 @@ class ChunkDenoiser(nn.Module):
 class DiffusionActionHead(ActionHeadBase):
     """Denoises a chunk of Gaussian noise into actions (Chi et al. 2023, "Diffusion Policy")."""
 
-    def __init__(
-        self, config: DiffusionHeadConfig, *, horizon: int, action_dim: int, context_dim: int
-    ) -> None:
+    def __init__(self, config: DiffusionHeadConfig, *, horizon: int, action_dim: int, context_dim: int) -> None:
         super().__init__(config, horizon=horizon, action_dim=action_dim, context_dim=context_dim)
         self.schedule = NoiseSchedule(config.schedule, config.train_steps)
         self.denoiser = ChunkDenoiser(

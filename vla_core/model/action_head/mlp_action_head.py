@@ -34,9 +34,7 @@ class MLPHeadConfig:
 class MLPActionHead(ActionHeadBase):
     """An MLP from the context to the whole chunk, trained with the absolute error."""
 
-    def __init__(
-        self, config: MLPHeadConfig, *, horizon: int, action_dim: int, context_dim: int
-    ) -> None:
+    def __init__(self, config: MLPHeadConfig, *, horizon: int, action_dim: int, context_dim: int) -> None:
         super().__init__(config, horizon=horizon, action_dim=action_dim, context_dim=context_dim)
         self.net = mlp(context_dim, config.hidden_dim, config.layers, horizon * action_dim)
 

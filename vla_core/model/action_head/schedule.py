@@ -65,9 +65,7 @@ class NoiseSchedule(nn.Module):
         super().__init__()
         betas = make_betas(kind, steps)
         self.register_buffer("betas", betas.float(), persistent=False)
-        self.register_buffer(
-            "alpha_bar", torch.cumprod(1.0 - betas, dim=0).float(), persistent=False
-        )
+        self.register_buffer("alpha_bar", torch.cumprod(1.0 - betas, dim=0).float(), persistent=False)
 
     def add_noise(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """Return x_t."""
@@ -97,9 +95,7 @@ class NoiseSchedule(nn.Module):
         variance = (1.0 - alpha) * (1.0 - abar_previous) / (1.0 - abar)
         return weight_x0 * x0 + weight_xt * x_t + variance.sqrt() * noise
 
-    def ddim_step(
-        self, x_t: Tensor, x0: Tensor, t: int, previous: int, noise: Tensor, eta: float = 0.0
-    ) -> Tensor:
+    def ddim_step(self, x_t: Tensor, x0: Tensor, t: int, previous: int, noise: Tensor, eta: float = 0.0) -> Tensor:
         """Return x at ``previous`` < ``t`` (Song et al. 2021, eq. 12).
 
         ``eta`` = 0 is deterministic and ignores ``noise``; ``eta`` = 1 is the posterior above.

@@ -43,15 +43,11 @@ class MiniVLAConfig:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: expected at least 1, found {getattr(self, name)}")
         if self.vocab_size < 2:
-            raise ConfigError(
-                f"vocab_size: expected at least 2 (padding and unknown), found {self.vocab_size}"
-            )
+            raise ConfigError(f"vocab_size: expected at least 2 (padding and unknown), found {self.vocab_size}")
         if len(set(self.cameras)) != len(self.cameras):
             raise ConfigError(f"cameras: expected distinct names, found {list(self.cameras)}")
         if self.vision.d_model != self.d_model:
-            raise ConfigError(
-                f"vision.d_model: expected d_model ({self.d_model}), found {self.vision.d_model}"
-            )
+            raise ConfigError(f"vision.d_model: expected d_model ({self.d_model}), found {self.vision.d_model}")
 
 
 class MiniVLA(nn.Module):
@@ -60,9 +56,7 @@ class MiniVLA(nn.Module):
     def __init__(self, config: MiniVLAConfig) -> None:
         super().__init__()
         self.config = config
-        self.image_encoders = nn.ModuleList(
-            ImageEncoderTinyCNN(config.vision) for _ in config.cameras
-        )
+        self.image_encoders = nn.ModuleList(ImageEncoderTinyCNN(config.vision) for _ in config.cameras)
         self.text_encoder = TextEncoderTinyGRU(vocab_size=config.vocab_size, d_model=config.d_model)
         self.state_encoder = StateEncoderMLP(state_dim=config.state_dim, d_model=config.d_model)
         self.fusion = FusionMLP(num_tokens=len(config.cameras) + 2, d_model=config.d_model)
@@ -79,8 +73,7 @@ class MiniVLA(nn.Module):
         text = self.text_encoder(inputs.tokens)
         state = self.state_encoder(inputs.state)
         images = [
-            encoder(inputs.images[name])
-            for name, encoder in zip(self.config.cameras, self.image_encoders, strict=True)
+            encoder(inputs.images[name]) for name, encoder in zip(self.config.cameras, self.image_encoders, strict=True)
         ]
         image_masks = [inputs.image_mask[name] for name in self.config.cameras]
         tokens = torch.stack([*images, text, state], dim=1)  # (B, cameras + 2, d_model)
@@ -105,13 +98,8 @@ class MiniVLA(nn.Module):
         return self.head.predict(self.encode(inputs), generator)
 
     def _check_cameras(self, inputs: ModelInputs) -> None:
-        missing = [
-            name
-            for name in self.config.cameras
-            if name not in inputs.images or name not in inputs.image_mask
-        ]
+        missing = [name for name in self.config.cameras if name not in inputs.images or name not in inputs.image_mask]
         if missing:
             raise VlaError(
-                f"model inputs lack the camera {missing[0]!r} or its mask; "
-                f"cameras given: {choices(inputs.images)}"
+                f"model inputs lack the camera {missing[0]!r} or its mask; cameras given: {choices(inputs.images)}"
             )
