@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import shutil
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,6 @@ from vla_core.runtime.policy import Policy
 from vla_core.sim.metaworld import INSTRUCTIONS, MetaWorld, instruction_for
 from vla_core.training.recipe import Recipe, load_recipe
 from vla_core.training.trainer import Progress, Result, train
-from vla_ros.demo_command import DemoOptions
 from vla_ros.graph import Scalar, load_graph
 from vla_ros.up import run_graph
 
@@ -40,6 +40,24 @@ EPISODE_LINE = re.compile(r"episode (\d+) of \d+: .*\((\d+) of (\d+)\)")
 
 class DemoError(VlaError):
     """A step of the demo that failed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoOptions:
+    """What ``vla demo`` is asked for."""
+
+    out: Path
+    task: str
+    camera: str | None
+    episodes: int
+    recipe: str
+    seed: int
+    evaluation_episodes: int
+    held_out_episodes: int
+    realtime_episodes: int
+    max_steps: int
+    overrides: tuple[str, ...]
+    baseline_steps: int | None
 
 
 class Demo:

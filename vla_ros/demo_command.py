@@ -4,27 +4,8 @@ from __future__ import annotations
 
 import argparse
 import webbrowser
-from dataclasses import dataclass
 from os import environ
 from pathlib import Path
-
-
-@dataclass(frozen=True, kw_only=True)
-class DemoOptions:
-    """What ``vla demo`` is asked for."""
-
-    out: Path
-    task: str
-    camera: str | None
-    episodes: int
-    recipe: str
-    seed: int
-    evaluation_episodes: int
-    held_out_episodes: int
-    realtime_episodes: int
-    max_steps: int
-    overrides: tuple[str, ...]
-    baseline_steps: int | None
 
 
 def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -46,6 +27,8 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 
 def _run(parsed: argparse.Namespace) -> int:
+    from vla_ros.demo import Demo, DemoOptions
+
     options = DemoOptions(
         out=parsed.out, task=parsed.task, camera=parsed.camera, episodes=parsed.episodes,
         recipe=parsed.recipe, seed=parsed.seed, evaluation_episodes=parsed.evaluation_episodes,
@@ -53,8 +36,6 @@ def _run(parsed: argparse.Namespace) -> int:
         max_steps=parsed.max_steps, overrides=tuple(parsed.overrides),
         baseline_steps=parsed.baseline_steps,
     )  # fmt: skip
-    from vla_ros.demo import Demo
-
     page = Demo(options).run()
     print(f"report: {page}")
     if environ.get("DISPLAY") or environ.get("WAYLAND_DISPLAY"):

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rcl_interfaces.msg import ParameterDescriptor
 from rclpy.duration import Duration
 from rclpy.node import Node
 from rclpy.time import Time
@@ -33,6 +32,7 @@ from vla_core.sim.metaworld import MetaWorld, instruction_for
 from vla_ros import process
 from vla_ros.bridge import COMMAND_QOS, EPISODE_QOS, command_publisher, message_class, publish_streams
 from vla_ros.msg import Episode
+from vla_ros.parameters import choice, declare, value
 
 QUEUE_DEPTH = 500  # a recorder may lag by some episodes' worth of messages
 PAUSE_NS = NANOSECONDS  # between two episodes, on the episode's clock
@@ -49,32 +49,32 @@ class MetaWorldNode(Node):
 
     def __init__(self, **options: Any) -> None:
         super().__init__("simulator", **options)
-        self._declare("contract", "metaworld_sawyer", "the robot's contract: a name in config/robots, or a file")
-        self._declare("task", "push-v3", "Meta-World task")
-        self._declare("camera", "corner2", "MuJoCo camera of the task")
-        self._declare("camera_size", 128, "height and width of the published images, pixels")
-        self._declare("black_camera", False, "publish black images")
-        self._declare("instruction", "", "instruction to publish; empty takes the task's own")
-        self._declare("clock", "realtime", "realtime or lockstep")
-        self._declare("driver", "policy", "who commands: policy (others) or expert (this node, over the same topic)")
-        self._declare("episodes", 1, "episodes to run")
-        self._declare("seed", 0, "seed of the first episode; each later one counts up")
-        self._declare("max_steps", 200, "control steps after which an episode has failed")
-        self._declare("wait_for", [""], "names of nodes that must listen before the first episode")
-        self._declare("wait_timeout_s", 60.0, "how long to wait for them")
-        self._declare("command_timeout_s", 10.0, "lockstep: how long to wait for a command")
-        self._declare("results", "", "JSON file for every episode's outcome")
-        self._declare("video", "", "GIF file of the first episodes")
-        self._declare("video_episodes", 3, "how many episodes the video shows")
+        declare(self, "contract", "metaworld_sawyer", "the robot's contract: a name in config/robots, or a file")
+        declare(self, "task", "push-v3", "Meta-World task")
+        declare(self, "camera", "corner2", "MuJoCo camera of the task")
+        declare(self, "camera_size", 128, "height and width of the published images, pixels")
+        declare(self, "black_camera", False, "publish black images")
+        declare(self, "instruction", "", "instruction to publish; empty takes the task's own")
+        declare(self, "clock", "realtime", "realtime or lockstep")
+        declare(self, "driver", "policy", "who commands: policy (others) or expert (this node, over the same topic)")
+        declare(self, "episodes", 1, "episodes to run")
+        declare(self, "seed", 0, "seed of the first episode; each later one counts up")
+        declare(self, "max_steps", 200, "control steps after which an episode has failed")
+        declare(self, "wait_for", [""], "names of nodes that must listen before the first episode")
+        declare(self, "wait_timeout_s", 60.0, "how long to wait for them")
+        declare(self, "command_timeout_s", 10.0, "lockstep: how long to wait for a command")
+        declare(self, "results", "", "JSON file for every episode's outcome")
+        declare(self, "video", "", "GIF file of the first episodes")
+        declare(self, "video_episodes", 3, "how many episodes the video shows")
 
-        self.contract = RobotContract.load(self._value("contract"))
-        self._lockstep = self._choice("clock", ("realtime", "lockstep")) == "lockstep"
-        self._expert_drives = self._choice("driver", ("policy", "expert")) == "expert"
-        task = self._value("task")
+        self.contract = RobotContract.load(value(self, "contract"))
+        self._lockstep = choice(self, "clock", ("realtime", "lockstep")) == "lockstep"
+        self._expert_drives = choice(self, "driver", ("policy", "expert")) == "expert"
+        task = value(self, "task")
         self.world = MetaWorld(
-            task, self._value("camera"), self.contract, self._value("camera_size"), self._value("black_camera")
+            task, value(self, "camera"), self.contract, value(self, "camera_size"), value(self, "black_camera")
         )
-        self.instruction = self._value("instruction") or instruction_for(task)
+        self.instruction = value(self, "instruction") or instruction_for(task)
         self.results: list[dict[str, Any]] = []
         self._frames: list[np.ndarray] = []
         self._late_ticks = 0
@@ -96,8 +96,8 @@ class MetaWorldNode(Node):
     def run(self, executor: Any, stop: process.Stop) -> int:
         """All episodes; 0 when every one of them was run."""
         self._wait_for_listeners(executor, stop)
-        for index in range(self._value("episodes")):
-            seed = self._value("seed") + index
+        for index in range(value(self, "episodes")):
+            seed = value(self, "seed") + index
             done = self._run_episode(executor, stop, index, seed)
             if not done:
                 return 0
@@ -115,7 +115,7 @@ class MetaWorldNode(Node):
         period_ns = self.contract.step_ns
         start_wall_ns = time.monotonic_ns()
         state, steps, stamp_ns = Episode.FAILED, 0, start_ns
-        while steps < self._value("max_steps"):
+        while steps < value(self, "max_steps"):
             stamp_ns = start_ns + steps * period_ns if self._lockstep else self._now_ns()
             self._publish_observation(stamp_ns, steps, index)
             if self._expert_publisher is not None:
@@ -142,7 +142,7 @@ class MetaWorldNode(Node):
         self.results.append({"seed": seed, "success": state == Episode.SUCCEEDED, "steps": steps})
         total = sum(result["success"] for result in self.results)
         self.get_logger().info(
-            f"episode {index + 1} of {self._value('episodes')}: seed {seed}, "
+            f"episode {index + 1} of {value(self, 'episodes')}: seed {seed}, "
             f"{'success' if self.world.success else 'failure'} after {steps} steps ({total} of {len(self.results)})"
         )
         return True
@@ -154,7 +154,7 @@ class MetaWorldNode(Node):
         if step % self.world.steps_per_frame == 0:
             # After the numbers, with the same stamp: a picture takes longer, as a real camera's does.
             self._publish(self.world.observe_camera(stamp_ns))
-            if self._value("video") and index < self._value("video_episodes"):
+            if value(self, "video") and index < value(self, "video_episodes"):
                 self._frames.append(self.world.render_for_people())
 
     def _publish(self, observed: list[Message]) -> None:
@@ -188,7 +188,7 @@ class MetaWorldNode(Node):
 
     def _await_command(self, executor: Any, stop: process.Stop, stamp_ns: int) -> np.ndarray | None:
         """Lockstep: the command that answers ``stamp_ns``; None when told to stop."""
-        limit_s = self._value("command_timeout_s")
+        limit_s = value(self, "command_timeout_s")
         deadline = time.monotonic() + limit_s
         while self._command is None or self._command[0] != stamp_ns:
             if stop():
@@ -222,8 +222,8 @@ class MetaWorldNode(Node):
 
     def _wait_for_listeners(self, executor: Any, stop: process.Stop) -> None:
         """Until every node of ``wait_for`` listens and, without an expert, somebody commands."""
-        wanted = {name for name in self._value("wait_for") if name}
-        deadline = time.monotonic() + self._value("wait_timeout_s")
+        wanted = {name for name in value(self, "wait_for") if name}
+        deadline = time.monotonic() + value(self, "wait_timeout_s")
         topic = self.contract.action.topic
         while not stop():
             # They subscribe to the episodes last, so whoever is there has its other subscriptions too.
@@ -234,21 +234,21 @@ class MetaWorldNode(Node):
                 return
             if time.monotonic() > deadline:
                 absent = sorted(wanted - listening) or [f"a publisher of {topic!r}"]
-                raise SimulatorError(f"waited {self._value('wait_timeout_s'):.0f} s in vain for {', '.join(absent)}")
+                raise SimulatorError(f"waited {value(self, 'wait_timeout_s'):.0f} s in vain for {', '.join(absent)}")
             executor.spin_once(timeout_sec=0.05)
 
     def _write_outputs(self) -> None:
-        if self._value("results"):
-            path = Path(self._value("results"))
+        if value(self, "results"):
+            path = Path(value(self, "results"))
             path.parent.mkdir(parents=True, exist_ok=True)
             record = {"task": self.world.task, "camera": self.world.camera, "instruction": self.instruction,
-                      "clock": self._value("clock"), "max_steps": self._value("max_steps"),
+                      "clock": value(self, "clock"), "max_steps": value(self, "max_steps"),
                       "late_ticks": self._late_ticks, "episodes": self.results}  # fmt: skip
             path.write_text(json.dumps(record, indent=1), encoding="utf-8")
         if self._frames:
             from PIL import Image
 
-            path = Path(self._value("video"))
+            path = Path(value(self, "video"))
             path.parent.mkdir(parents=True, exist_ok=True)
             first, *rest = [Image.fromarray(frame) for frame in self._frames]
             period_ms = round(1000 * self.world.steps_per_frame / self.contract.rate_hz)
@@ -256,18 +256,6 @@ class MetaWorldNode(Node):
 
     def _now_ns(self) -> int:
         return int(self.get_clock().now().nanoseconds)
-
-    def _declare(self, name: str, default: Any, description: str) -> None:
-        self.declare_parameter(name, default, ParameterDescriptor(description=description))
-
-    def _value(self, name: str) -> Any:
-        return self.get_parameter(name).value
-
-    def _choice(self, name: str, options: tuple[str, ...]) -> str:
-        value = str(self._value(name))
-        if value not in options:
-            raise VlaError(f"parameter {name} is {value!r}; choices: {', '.join(options)}")
-        return value
 
 
 def _run(node: Any, executor: Any, stop: process.Stop) -> int:

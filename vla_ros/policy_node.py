@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
-from rcl_interfaces.msg import ParameterDescriptor
 from rclpy.clock import Clock
 from rclpy.clock_type import ClockType
 from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
@@ -45,6 +44,7 @@ from vla_ros.bridge import (
 )
 from vla_ros.msg import ActionChunk as ActionChunkMessage
 from vla_ros.msg import Episode
+from vla_ros.parameters import choice, declare, value
 
 SAMPLES = 10_000  # latencies kept for percentiles
 MAX_FAULTS = 4  # named in one diagnostic message
@@ -56,13 +56,13 @@ class PolicyNode(LifecycleNode):
 
     def __init__(self, **options: Any) -> None:
         super().__init__("policy", **options)
-        self._declare("checkpoint", "", "folder of a trained policy")
-        self._declare("contract", "", "the robot's contract, a name in config/robots or a file; may differ from "
+        declare(self, "checkpoint", "", "folder of a trained policy")
+        declare(self, "contract", "", "the robot's contract, a name in config/robots or a file; may differ from "
                                       "the checkpoint's in topics only; empty takes the checkpoint's")  # fmt: skip
-        self._declare("inference", "asynchronous", "asynchronous (robots) or synchronous (lockstep simulation)")
-        self._declare("seed", 0, "seed of the policy's sampling noise")
-        self._declare("autostart", True, "configure and activate at start")
-        self._declare("log_dir", "", "folder for latencies and model inputs at the end; empty writes none")
+        declare(self, "inference", "asynchronous", "asynchronous (robots) or synchronous (lockstep simulation)")
+        declare(self, "seed", 0, "seed of the policy's sampling noise")
+        declare(self, "autostart", True, "configure and activate at start")
+        declare(self, "log_dir", "", "folder for latencies and model inputs at the end; empty writes none")
         self.core: PolicyCore | None = None
         self._active = False
         self._subscriptions_held: list[Any] = []
@@ -80,7 +80,7 @@ class PolicyNode(LifecycleNode):
 
     def autostart(self) -> bool:
         """Configure and activate when the parameter asks for it; False when a transition failed (it was logged)."""
-        if not self.get_parameter("autostart").value:
+        if not value(self, "autostart"):
             return True
         transitions = (self.trigger_configure, self.trigger_activate)
         return all(trigger() == TransitionCallbackReturn.SUCCESS for trigger in transitions)
@@ -126,14 +126,14 @@ class PolicyNode(LifecycleNode):
         return TransitionCallbackReturn.SUCCESS
 
     def _configure(self) -> None:
-        folder = self._text("checkpoint")
+        folder = value(self, "checkpoint")
         if not folder:
             raise VlaError("parameter checkpoint is empty; name the folder of a trained policy")
-        self._synchronous = self._choice("inference", ("asynchronous", "synchronous")) == "synchronous"
-        policy = Policy.load(folder, int(self.get_parameter("seed").value))
-        if self._text("contract"):
-            robot = RobotContract.load(self._text("contract"))
-            policy.contract.check_same(robot, f"checkpoint {folder}", self._text("contract"))
+        self._synchronous = choice(self, "inference", ("asynchronous", "synchronous")) == "synchronous"
+        policy = Policy.load(folder, int(value(self, "seed")))
+        if value(self, "contract"):
+            robot = RobotContract.load(value(self, "contract"))
+            policy.contract.check_same(robot, f"checkpoint {folder}", value(self, "contract"))
             policy.contract = policy.contract.with_topics_of(robot)
         core = PolicyCore(policy)
         core.warm_up()
@@ -142,7 +142,7 @@ class PolicyNode(LifecycleNode):
         self._fingerprint = fingerprint(folder)
         rates = {name: s.rate_hz for name, s in core.builder.streams.items() if s.rate_hz}
         self._pace = max(rates, key=lambda name: rates[name])  # ticks follow the fastest stream
-        self._input_log = InputLog() if self._text("log_dir") else None
+        self._input_log = InputLog() if value(self, "log_dir") else None
         self._command_publisher = command_publisher(self, core.contract)
         self._chunk_publisher = self.create_publisher(ActionChunkMessage, CHUNK_TOPIC, COMMAND_QOS)
         self._diagnostics = self.create_publisher(DiagnosticArray, "/diagnostics", 10)
@@ -364,7 +364,7 @@ class PolicyNode(LifecycleNode):
     def _write_logs(self, core: PolicyCore) -> None:
         if self._input_log is None:
             return
-        folder = Path(self._text("log_dir"))
+        folder = Path(value(self, "log_dir"))
         folder.mkdir(parents=True, exist_ok=True)
         record = {
             "inference_ms": core.inference_ms,
@@ -377,18 +377,6 @@ class PolicyNode(LifecycleNode):
 
     def _now_ns(self) -> int:
         return int(self.get_clock().now().nanoseconds)
-
-    def _declare(self, name: str, default: Any, description: str) -> None:
-        self.declare_parameter(name, default, ParameterDescriptor(description=description))
-
-    def _text(self, name: str) -> str:
-        return str(self.get_parameter(name).value)
-
-    def _choice(self, name: str, options: tuple[str, ...]) -> str:
-        value = self._text(name)
-        if value not in options:
-            raise VlaError(f"parameter {name} is {value!r}; choices: {', '.join(options)}")
-        return value
 
 
 def _run(node: Any, executor: Any, stop: process.Stop) -> int:

@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rcl_interfaces.msg import ParameterDescriptor
 from rclpy.node import Node
 from rclpy.qos import QoSProfile, ReliabilityPolicy
 from rclpy.serialization import deserialize_message
@@ -28,6 +27,7 @@ from vla_core.observation.messages import header_stamp_ns
 from vla_ros import process
 from vla_ros.bridge import CHUNK_TOPIC, EPISODE_QOS, message_class, stream_qos
 from vla_ros.msg import ActionChunk, Episode
+from vla_ros.parameters import declare, value
 
 QUEUE_DEPTH = 1000
 RECORDED_QOS = QoSProfile(depth=QUEUE_DEPTH, reliability=ReliabilityPolicy.RELIABLE)
@@ -39,9 +39,9 @@ class RecorderNode(Node):
 
     def __init__(self, **options: Any) -> None:
         super().__init__("recorder", **options)
-        self._declare("contract", "", "the robot's contract: a name in config/robots, or a file")
-        self._declare("output", "", "folder for the bags, one folder an episode; must not hold bags yet")
-        self._declare("streams", [""], "observations of the contract to record; [''] records all")
+        declare(self, "contract", "", "the robot's contract: a name in config/robots, or a file")
+        declare(self, "output", "", "folder for the bags, one folder an episode; must not hold bags yet")
+        declare(self, "streams", [""], "observations of the contract to record; [''] records all")
         self.bags: list[Path] = []
         self._writer: BagWriter | None = None
         self._start_ns = 0
@@ -51,11 +51,11 @@ class RecorderNode(Node):
         self._early: deque[tuple[str, int, int, bytes]] = deque(maxlen=QUEUE_DEPTH)
         self._end_ns: int | None = None
         self._in_hand: tuple[str, bytes] | None = None
-        path = self._text("contract")
+        path = value(self, "contract")
         if not path:
             raise VlaError("parameter contract is empty; name the robot's contract: one in config/robots, or a file")
         self.contract = RobotContract.load(path)
-        self._output = Path(self._text("output") or "bags")
+        self._output = Path(value(self, "output") or "bags")
         if self._output.exists() and any(self._output.iterdir()):
             raise VlaError(f"{self._output} is not empty; recordings never overwrite, choose another output")
         self._output.mkdir(parents=True, exist_ok=True)
@@ -71,7 +71,7 @@ class RecorderNode(Node):
             self._close("aborted")
 
     def _subscribe(self) -> None:
-        chosen = [name for name in self.get_parameter("streams").value if name]
+        chosen = [name for name in value(self, "streams") if name]
         for name in chosen or self.contract.observations:
             stream = self.contract.stream(name)
             if stream.topic in self._topics:  # two streams of one topic
@@ -138,8 +138,8 @@ class RecorderNode(Node):
 
     def _open(self, mark: Any, stamp_ns: int, data: bytes) -> None:
         for topic, feed in self._latched_feeds.items():
-            for value in _waiting(feed):
-                self._store(topic, value)
+            for latest in _waiting(feed):
+                self._store(topic, latest)
         metadata = {
             CONTRACT_KEY: self.contract.to_yaml(), "instruction": mark.instruction, "task": mark.task,
             "seed": str(mark.seed),
@@ -149,12 +149,12 @@ class RecorderNode(Node):
         for topic, (type_name, latched) in self._topics.items():
             self._writer.add_topic(topic, type_name, latched)
         self._writer.write(EPISODE_TOPIC, stamp_ns, data)
-        for topic, value in self._latched.items():
-            self._writer.write(topic, stamp_ns, value)
+        for topic, latest in self._latched.items():
+            self._writer.write(topic, stamp_ns, latest)
         while self._early:
-            topic, message_ns, receive_ns, value = self._early.popleft()
+            topic, message_ns, receive_ns, early = self._early.popleft()
             if message_ns >= stamp_ns:
-                self._writer.write(topic, max(receive_ns, message_ns), value)
+                self._writer.write(topic, max(receive_ns, message_ns), early)
 
     def _drain(self) -> None:
         """Take what lies in the middleware's queues, of each topic up to the first message after the episode's end."""
@@ -174,12 +174,6 @@ class RecorderNode(Node):
 
     def _now_ns(self) -> int:
         return int(self.get_clock().now().nanoseconds)
-
-    def _declare(self, name: str, default: Any, description: str) -> None:
-        self.declare_parameter(name, default, ParameterDescriptor(description=description))
-
-    def _text(self, name: str) -> str:
-        return str(self.get_parameter(name).value)
 
 
 def _waiting(subscription: Subscription) -> Iterator[bytes]:
