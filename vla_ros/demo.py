@@ -35,6 +35,7 @@ BASELINE = "mini_vla_seed"
 HELD_OUT_SEED = 20_000
 EVALUATION_SEED = 10_000
 PARITY_SEED = 30_000
+MARKER = ".vla_demo"
 EPISODE_LINE = re.compile(r"episode (\d+) of \d+: .*\((\d+) of (\d+)\)")
 
 
@@ -73,12 +74,15 @@ class Demo:
         self.baseline = load_recipe(BASELINE, [f"training.steps={steps}"] if steps is not None else [])
         self.camera = options.camera or self.recipe.camera
         MetaWorld(options.task, self.camera, self.contract).close()
+        if self.out.exists() and any(self.out.iterdir()) and not (self.out / MARKER).is_file():
+            raise DemoError(f"{self.out} holds something else than an earlier demo; choose another folder with --out")
 
     def run(self) -> Path:
         """Run everything; returns the report's page."""
         start = time.monotonic()
         shutil.rmtree(self.out, ignore_errors=True)
         self.out.mkdir(parents=True)
+        (self.out / MARKER).write_text("This folder belongs to `vla demo`, which empties it at its start.\n")
         options = self.options
         bags = self._record("record", "bags/train", options.episodes, options.seed)
         held_out_bags = self._record("record held-out", "bags/held_out", options.held_out_episodes, HELD_OUT_SEED)

@@ -7,20 +7,22 @@ import webbrowser
 from os import environ
 from pathlib import Path
 
+from vla_core.cli import positive
+
 
 def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add `demo` to the `vla` command line."""
     parser = commands.add_parser("demo", help="record, train, run live, replay and report, on Meta-World")
     parser.add_argument("--task", default="push-v3", help="Meta-World task")
     parser.add_argument("--camera", help="MuJoCo camera of the task; default: the recipe's")
-    parser.add_argument("--episodes", type=int, default=50, help="demonstrations to record")
+    parser.add_argument("--episodes", type=positive, default=50, help="demonstrations to record")
     parser.add_argument("--recipe", default="mini_vla", help="a name in config/train, or a YAML file")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first demonstration")
-    parser.add_argument("--evaluation-episodes", type=int, default=50, help="live episodes per figure")
-    parser.add_argument("--held-out-episodes", type=int, default=5, help="bags for the held-out loss and the replay")
-    parser.add_argument("--realtime-episodes", type=int, default=10, help="live episodes for latencies")
-    parser.add_argument("--max-steps", type=int, default=200, help="control steps after which a live episode failed")
-    parser.add_argument("--baseline-steps", type=int, help="training steps of the baseline; default: its recipe's")
+    parser.add_argument("--evaluation-episodes", type=positive, default=50, help="live episodes per figure")
+    parser.add_argument("--held-out-episodes", type=positive, default=5, help="bags for the held-out loss and the replay")
+    parser.add_argument("--realtime-episodes", type=positive, default=10, help="live episodes for latencies")
+    parser.add_argument("--max-steps", type=positive, default=200, help="control steps after which a live episode failed")
+    parser.add_argument("--baseline-steps", type=positive, help="training steps of the baseline; default: its recipe's")
     parser.add_argument("--out", type=Path, default=Path("out/demo"), help="its earlier content is removed")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys, such as training.steps=500")
     parser.set_defaults(run=_run)

@@ -120,6 +120,14 @@ def test_the_demo_refuses_bad_names_at_once(
     assert not out.exists()
 
 
+def test_the_demo_empties_no_folder_but_its_own(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    monkeypatch.setattr("sys.argv", ["vla", "demo", "--out", str(tmp_path)])
+    assert cli.main() == 1
+    assert "holds something else than an earlier demo" in capsys.readouterr().err
+    assert (tmp_path / "thesis.tex").is_file()
+
+
 def test_the_whole_demo_tiny(domain: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "demo"
     monkeypatch.setattr("sys.argv", [
