@@ -239,7 +239,7 @@ latencies from {numbers["realtime_episodes"]} episodes in realtime.</p>
     }
 <p>{numbers["realtime_late_ticks"]} control ticks of the simulator were late in {numbers["realtime_episodes"]}
 episodes; the policy sent {result.realtime.counts["commands"]} commands and
-{result.realtime.counts["safe_commands"]} safe ones.</p>
+{result.realtime.counts["safe_commands"]} safe ones, between episodes and where no chunk was valid.</p>
 <h2>Replay of a held-out bag</h2>
 {_picture(plots.replay_traces(result.replay), "png", "predicted and recorded actions")}
 {_picture(plots.replay_errors(result.replay), "png", "error over the horizon")}
