@@ -67,9 +67,11 @@ class PolicyNode(LifecycleNode):
         self._active = False
         self._subscriptions_held: list[Any] = []
         self._timers_held: list[Any] = []
+        self._publishers_held: list[Any] = []
         self._worker: threading.Thread | None = None
         self._wake = threading.Event()
         self._last_tick_ns = -1
+        self._acted = False  # whether this episode has had a chunk
         self._last_values: np.ndarray | None = None
         self._answered_ns = -1
         self._latency_ms: deque[float] = deque(maxlen=SAMPLES)
@@ -89,7 +91,10 @@ class PolicyNode(LifecycleNode):
 
     def on_configure(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Load, check, warm up, subscribe."""
-        return self._guarded(self._configure)
+        result = self._guarded(self._configure)
+        if result != TransitionCallbackReturn.SUCCESS:
+            self._cleanup()  # nothing half-made stays behind for the next try
+        return result
 
     def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Start to act."""
@@ -141,11 +146,14 @@ class PolicyNode(LifecycleNode):
         self.core = core
         self._fingerprint = fingerprint(folder)
         rates = {name: s.rate_hz for name, s in core.builder.streams.items() if s.rate_hz}
+        if not rates:
+            raise VlaError(f"checkpoint {folder}: it sees no stream with a rate, so nothing sets its pace")
         self._pace = max(rates, key=lambda name: rates[name])  # ticks follow the fastest stream
         self._input_log = InputLog() if value(self, "log_dir") else None
         self._command_publisher = command_publisher(self, core.contract)
         self._chunk_publisher = self.create_publisher(ActionChunkMessage, CHUNK_TOPIC, COMMAND_QOS)
         self._diagnostics = self.create_publisher(DiagnosticArray, "/diagnostics", 10)
+        self._publishers_held = [self._command_publisher, self._chunk_publisher, self._diagnostics]
         steady = Clock(clock_type=ClockType.STEADY_TIME)  # a stopped simulated clock must not stop the diagnostics
         self._timers_held = [self.create_timer(1.0, self._publish_diagnostics, clock=steady)]
         if self._synchronous:
@@ -186,9 +194,9 @@ class PolicyNode(LifecycleNode):
             self.destroy_subscription(subscription)
         for timer in self._timers_held:
             self.destroy_timer(timer)
-        for publisher in (self._command_publisher, self._chunk_publisher, self._diagnostics):
+        for publisher in self._publishers_held:
             self.destroy_publisher(publisher)
-        self._subscriptions_held, self._timers_held = [], []
+        self._subscriptions_held, self._timers_held, self._publishers_held = [], [], []
         self.core = None
 
     # Messages in.
@@ -216,6 +224,7 @@ class PolicyNode(LifecycleNode):
             self.core.start_episode(start_ns)
             if self._last_tick_ns != start_ns:  # else the first observation overtook this mark and is answered
                 self._last_tick_ns = -1
+                self._acted = False
 
     # Commands out, synchronous.
 
@@ -225,7 +234,7 @@ class PolicyNode(LifecycleNode):
         if core is None or not self._active or not self._command_publisher.get_subscription_count():
             return
         tick_ns = core.buffer.newest_ns(self._pace)
-        if tick_ns is None or tick_ns <= self._last_tick_ns or core.builder.due(core.buffer, tick_ns):
+        if tick_ns is None or tick_ns == self._last_tick_ns or core.builder.due(core.buffer, tick_ns):
             return
         self._last_tick_ns = tick_ns
         try:
@@ -250,18 +259,20 @@ class PolicyNode(LifecycleNode):
             self._wake.wait()
             self._wake.clear()
             tick_ns = core.buffer.newest_ns(self._pace)
-            if not self._active or tick_ns is None or tick_ns <= self._last_tick_ns or not core.executor.due(tick_ns):
+            # Another stamp is a newer one, or one of a clock that was set back: both are to be acted on.
+            if not self._active or tick_ns is None or tick_ns == self._last_tick_ns or not core.executor.due(tick_ns):
                 continue
+            self._last_tick_ns = tick_ns
             try:
                 chunk = core.infer(tick_ns)
             except Unobserved as unobserved:
-                if self._last_tick_ns >= 0:  # before an episode's first chunk, streams are still starting up
+                if self._acted:  # before an episode's first chunk, streams are still starting up
                     self._report_fault(str(unobserved))
                 continue
             except Exception as error:  # whatever it is: the control clock goes on, with the safe action
                 self._report_fault(f"inference failed: {error}")
                 continue
-            self._last_tick_ns = tick_ns
+            self._acted = True
             self._publish_chunk(chunk)
 
     def _control(self) -> None:

@@ -169,3 +169,19 @@ def test_warm_up_leaves_no_trace() -> None:
     target = core()
     target.warm_up()
     assert not target.inference_ms and target.last_observation is None and target.command(START) is None
+
+
+def test_a_clock_that_was_set_back_is_followed_and_a_late_chunk_is_not() -> None:
+    executor = ChunkExecutor(2)
+    hour = 3600 * 10**9
+    executor.start_episode(hour)
+    now = ActionChunk(hour, 10, np.ones((3, 1)))
+    executor.push(now)
+    executor.push(ActionChunk(hour - 10**9, 10, np.zeros((3, 1))))
+    assert executor.action(hour) == (pytest.approx([1.0]), now)
+    again = ActionChunk(5, 10, np.full((3, 1), 2.0))  # a bag that loops, a simulation that starts anew
+    executor.push(again)
+    assert executor.action(5) == (pytest.approx([2.0]), again)
+    newer = ActionChunk(25, 10, np.full((3, 1), 3.0))
+    executor.push(newer)
+    assert executor.action(25) == (pytest.approx([3.0]), newer)

@@ -138,6 +138,21 @@ def test_synchronous_answers_each_observation_once(ros: Ros, checkpoint: Path, c
     assert len(robot.chunks) == 3, "one inference for every four steps"
 
 
+def test_a_clock_that_was_set_back_is_followed(ros: Ros, checkpoint: Path, contract: RobotContract) -> None:
+    policy = make_policy(ros, checkpoint, inference="synchronous")
+    robot = Robot(ros, contract)
+    assert policy.trigger_configure() == OK and policy.trigger_activate() == OK
+    ros.spin_until(lambda: robot.publishers["image"].get_subscription_count() == 1, "a match")
+    ros.spin_until(lambda: policy.core.buffer.newest_ns("instruction") is not None, "the instruction")  # type: ignore[union-attr]
+    stamps = []
+    for first_ns in (3600 * 10**9, 10**9):  # a bag that loops marks no episode
+        for step in range(6):
+            stamps.append(robot.observe(stamp_ns=first_ns + step * 12_500_000, image=step % 4 == 0))
+            ros.spin_until(lambda: len(robot.commands) == len(stamps), f"the answer to {stamps[-1]}")
+    assert [c.header.stamp.sec * 10**9 + c.header.stamp.nanosec for c in robot.commands] == stamps
+    assert len(robot.chunks) == 4
+
+
 def test_stale_camera_leads_to_the_safe_action_and_is_named(
     ros: Ros, checkpoint: Path, contract: RobotContract
 ) -> None:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+LATE_NS = 10_000_000_000
+
 
 @dataclass(frozen=True)
 class ActionChunk:
@@ -43,12 +45,17 @@ class ChunkExecutor:
         self._lock = threading.Lock()
 
     def push(self, chunk: ActionChunk) -> None:
-        """Take over a chunk, unless one from a newer observation is already there."""
+        """Take over a chunk, unless it is late: of an earlier episode, or older than the one that is there."""
         with self._lock:
-            if chunk.observation_stamp_ns < self._not_before_ns:
-                return  # the model was still thinking when the episode ended
-            if self._chunk is None or chunk.observation_stamp_ns >= self._chunk.observation_stamp_ns:
-                self._chunk = chunk
+            newest_ns = self._not_before_ns
+            if self._chunk is not None:
+                newest_ns = max(newest_ns, self._chunk.observation_stamp_ns)
+            # A model thinks for seconds at most; what is older still comes from a clock that was set back.
+            if 0 < newest_ns - chunk.observation_stamp_ns <= LATE_NS:
+                return
+            if chunk.observation_stamp_ns < newest_ns:
+                self._not_before_ns = 0
+            self._chunk = chunk
 
     def clear(self) -> None:
         """Forget the chunk, so that nothing of it is executed any more."""
