@@ -1,12 +1,14 @@
 """The recorder: one rosbag2 bag an episode, serialized bytes as they came, with the contract and the instruction.
 
-Episodes are marked by ``vla_ros/msg/Episode`` on ``episode``. Whatever carries a stamp belongs to the episode that the
+Episodes are marked by ``vla_ros/msg/Episode`` on ``episode``, or by the services ``~/start``, ``~/stop`` and
+``~/discard``. Whatever carries a stamp belongs to the episode that the
 stamp lies in, however late it arrives; a latched value is written at the start of every bag. A bag gets its
 ``metadata.yaml`` when it is closed: a folder without one was cut short.
 """
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections import deque
 from collections.abc import Iterator
@@ -15,9 +17,11 @@ from typing import Any
 
 from rclpy.node import Node
 from rclpy.qos import QoSProfile, ReliabilityPolicy
-from rclpy.serialization import deserialize_message
+from rclpy.serialization import deserialize_message, serialize_message
 from rclpy.subscription import Subscription
 from rclpy.time import Time
+from std_msgs.msg import String
+from std_srvs.srv import Trigger
 
 from vla_core.contract import RobotContract
 from vla_core.data.bag import CONTRACT_KEY, BagWriter
@@ -66,9 +70,49 @@ class RecorderNode(Node):
 
     def stop(self) -> None:
         """Close the open bag: an episode that was interrupted is aborted, and its bag says so."""
-        if self._writer is not None:
+        if self._writer is None:
+            return
+        try:
             self._drain()
             self._close("aborted")
+        except VlaError as error:  # a full disk: what was flushed stays, and the bag does not look whole
+            self.get_logger().error(str(error))
+            self._writer.abort()
+            self._writer = None
+
+    def _on_start(self, request: Any, response: Any) -> Any:
+        """Service: begin an episode now, for robots on which nobody publishes marks."""
+        if self._writer is not None:
+            return _answer(response, False, f"{self._writer.path} is being recorded; call stop or discard first")
+        self._on_mark(self._mark(Episode.START))
+        return _answer(response, True, str(self._output / f"episode_{len(self.bags):06d}"))
+
+    def _on_stop(self, request: Any, response: Any) -> Any:
+        """Service: end the episode and keep it as a success."""
+        if self._writer is None:
+            return _answer(response, False, "nothing is being recorded; call start first")
+        path = self._writer.path
+        self._on_mark(self._mark(Episode.SUCCEEDED))
+        return _answer(response, True, str(path))
+
+    def _on_discard(self, request: Any, response: Any) -> Any:
+        """Service: end the episode and delete its bag."""
+        if self._writer is None:
+            return _answer(response, False, "nothing is being recorded; call start first")
+        path = self._writer.path
+        self._writer.abort()
+        self._writer = None
+        shutil.rmtree(path)
+        return _answer(response, True, f"{path} was deleted")
+
+    def _mark(self, state: int) -> bytes:
+        """A mark of this node's own, with the instruction that was heard last."""
+        mark = Episode(state=state, index=len(self.bags), seed=-1)
+        mark.header.stamp = self.get_clock().now().to_msg()
+        for topic, latest in self._latched.items():
+            if self._topics[topic][0] == "std_msgs/msg/String":
+                mark.instruction = deserialize_message(latest, String).data
+        return bytes(serialize_message(mark))
 
     def _subscribe(self) -> None:
         chosen = [name for name in value(self, "streams") if name]
@@ -82,6 +126,8 @@ class RecorderNode(Node):
         self._add_feed(action.topic, action.type, message_class(action.type), RECORDED_QOS, False)
         self._add_feed(CHUNK_TOPIC, CHUNK_TYPE, ActionChunk, RECORDED_QOS, False)
         self._topics[EPISODE_TOPIC] = (EPISODE_TYPE, True)
+        for name, callback in (("start", self._on_start), ("stop", self._on_stop), ("discard", self._on_discard)):
+            self.create_service(Trigger, f"~/{name}", callback)
         # Last: its presence on the graph tells others that the recorder is ready.
         self._marks = self.create_subscription(Episode, EPISODE_TOPIC, self._on_mark, EPISODE_QOS, raw=True)
 
@@ -174,6 +220,11 @@ class RecorderNode(Node):
 
     def _now_ns(self) -> int:
         return int(self.get_clock().now().nanoseconds)
+
+
+def _answer(response: Any, success: bool, message: str) -> Any:
+    response.success, response.message = success, message
+    return response
 
 
 def _waiting(subscription: Subscription) -> Iterator[bytes]:

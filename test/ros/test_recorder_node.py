@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 from rclpy.time import Time
 from sensor_msgs.msg import JointState
+from std_srvs.srv import Trigger
 from vla_ros.msg import Episode
 
 from vla_core.contract import RobotContract
@@ -106,6 +108,56 @@ def test_a_stop_in_the_middle_closes_the_bag_as_aborted(ros: Ros, contract: Robo
     ros.spin_until(lambda: recorder._writer is not None and recorder._writer.messages > 2, "an open bag")
     recorder.stop()
     assert bags.info(tmp_path / "bags" / "episode_000000").metadata["outcome"] == "aborted"
+
+
+def call(ros: Ros, node: Any, name: str) -> Any:
+    client = node.create_client(Trigger, f"/recorder/{name}")
+    ros.spin_until(client.service_is_ready, f"the service {name}")
+    future = client.call_async(Trigger.Request())
+    ros.spin_until(future.done, f"an answer of {name}")
+    return future.result()
+
+
+def test_services_start_stop_and_discard(ros: Ros, contract: RobotContract, tmp_path: Path) -> None:
+    recorder = make_recorder(ros, tmp_path / "bags", streams=["hand", "instruction"])
+    source = Source(ros, contract)
+    ros.spin_until(lambda: "instruction" in recorder._latched, "the instruction")
+    assert not call(ros, source.node, "stop").success, "there is nothing to stop"
+    for keep in (False, True):
+        assert call(ros, source.node, "start").success
+        assert not call(ros, source.node, "start").success, "one episode at a time"
+        sent = [time.time_ns() for _ in range(5)]
+        for stamp in sent:
+            source.send(stamp)
+        for publisher in (source.hand, source.commands):
+            publisher.wait_for_all_acked()
+        answer = call(ros, source.node, "stop" if keep else "discard")
+        assert answer.success
+        assert (tmp_path / "bags" / "episode_000000").is_dir() == keep
+    info = bags.info(tmp_path / "bags" / "episode_000000")
+    assert info.counts["hand/state"] == 5 and info.metadata["outcome"] == "succeeded"
+    assert info.metadata["instruction"] == "do it"
+
+
+def test_a_disk_that_refuses_is_named_and_the_bag_does_not_look_whole(
+    ros: Ros, contract: RobotContract, tmp_path: Path
+) -> None:
+    recorder = make_recorder(ros, tmp_path / "bags", streams=["hand", "instruction"])
+    source = Source(ros, contract)
+    source.mark(Episode.START, 10**9, 0)
+    ros.spin_until(lambda: recorder._writer is not None, "an open bag")
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    size = (tmp_path / "bags" / "episode_000000" / "episode_000000.mcap").stat().st_size
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 1000, limit[1]))  # as good as a full disk, for this process
+    try:
+        with pytest.raises(BagError, match=r"episode_000000: cannot be written: .*stays readable"):
+            for k in range(10**6):
+                source.send(10**9 + k * STEP_NS)
+                ros.executor.spin_once(timeout_sec=0.02)
+        recorder.stop()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert not bags.info(tmp_path / "bags" / "episode_000000").whole
 
 
 def test_an_output_with_content_is_refused(ros: Ros, tmp_path: Path) -> None:

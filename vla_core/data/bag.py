@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -78,13 +78,14 @@ class BagWriter:
         )
 
     def write(self, topic: str, receive_ns: int, data: bytes | memoryview) -> None:
-        """Append serialized bytes received at ``receive_ns``."""
-        self._writer.write(self._connections[topic], receive_ns, data)
-        self.messages += 1
-        self._pending_bytes += len(data)
-        if self._pending_bytes > FLUSH_BYTES or abs(receive_ns - self._flushed_ns) > FLUSH_NS:
-            self.flush()
-            self._flushed_ns = receive_ns
+        """Append serialized bytes received at ``receive_ns``; raises :class:`BagError` when the disk refuses."""
+        with self._named_errors():
+            self._writer.write(self._connections[topic], receive_ns, data)
+            self.messages += 1
+            self._pending_bytes += len(data)
+            if self._pending_bytes > FLUSH_BYTES or abs(receive_ns - self._flushed_ns) > FLUSH_NS:
+                self.flush()
+                self._flushed_ns = receive_ns
 
     def flush(self) -> None:
         """Close the open MCAP chunk and hand it to the operating system."""
@@ -97,12 +98,22 @@ class BagWriter:
     def close(self) -> None:
         """Write the index and ``metadata.yaml``: from here on the bag is whole."""
         if self._writer.storage is not None:
-            self._writer.close()
+            with self._named_errors():
+                self._writer.close()
 
     def abort(self) -> None:
-        """Leave the bag as a killed recorder would: readable, without ``metadata.yaml``."""
-        self.flush()
-        self._writer.abort()
+        """Leave the bag as a killed recorder would: readable, without ``metadata.yaml``. Never raises."""
+        with suppress(OSError):
+            self.flush()
+        with suppress(OSError):
+            self._writer.abort()
+
+    @contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise BagError(f"{self.path}: cannot be written: {error}; what was flushed before stays readable") from None
 
     def __enter__(self) -> BagWriter:
         return self
