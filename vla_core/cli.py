@@ -77,7 +77,7 @@ def main(
     add_commands(commands)
     if more is not None:
         more(commands)
-    parsed = parser.parse_args(arguments)
+    parsed = _parse(parser, arguments)
     try:
         return int(parsed.run(parsed))
     except VlaError as error:
@@ -92,6 +92,17 @@ def main(
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def _parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Parse with ``key=value`` assignments anywhere: argparse by itself takes them only before the options."""
+    parsed, rest = parser.parse_known_args(arguments)
+    assignments = [word for word in rest if "=" in word and not word.startswith("-")]
+    if len(assignments) < len(rest) or (rest and not hasattr(parsed, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if assignments:
+        parsed.overrides = [*parsed.overrides, *assignments]
+    return parsed
 
 
 def _convert(parsed: argparse.Namespace) -> int:

@@ -21,7 +21,6 @@ from vla_core.evaluation.parity import Parity, compare
 from vla_core.evaluation.report import DemoResult, LiveRun, write_report
 from vla_core.observation.builder import ObservationSpec
 from vla_core.progress import bar
-from vla_core.resources import share
 from vla_core.runtime.core import PolicyCore
 from vla_core.runtime.policy import Policy
 from vla_core.sim.metaworld import INSTRUCTIONS, MetaWorld, instruction_for
@@ -193,7 +192,7 @@ class Demo:
                     advance(int(match[1]), f"{match[2]} of {match[3]} succeeded")
 
             given: dict[str, Any] = {"contract": CONTRACT, "episodes": episodes, **arguments}
-            status = run_graph(load_graph(share(f"config/graphs/{name}.yaml")), given, write=write)
+            status = run_graph(load_graph(name), given, write=write)
         if status != 0:
             errors = [line for line in lines if "error" in line.lower()] or lines[-1:]
             raise DemoError(f"{title}: the graph ended with status {status}: {' | '.join(errors[-2:])} (log: {log})")

@@ -34,6 +34,7 @@ import yaml
 
 from vla_core.config import ConfigError, from_dict, load_yaml
 from vla_core.errors import choices
+from vla_core.resources import share
 
 Scalar = str | bool | int | float
 
@@ -79,12 +80,14 @@ class Graph:
 
 
 def load_graph(path: Path | str) -> Graph:
-    """Read and check the graph at `path`; parameter files come out as absolute paths.
+    """Read and check the graph at `path`, or the one of that name in `config/graphs`.
+
+    Parameter files come out as absolute paths.
 
     Raises:
         ConfigError: naming the file and the dotted path of what is wrong, with the choices.
     """
-    path = Path(path)
+    path = _find(path)
     data = load_yaml(path)
     try:
         graph = from_dict(Graph, data)
@@ -92,6 +95,17 @@ def load_graph(path: Path | str) -> Graph:
         raise ConfigError(f"{path}: {error}") from None
     folder = path.resolve().parent
     return replace(graph, nodes=tuple(_with_absolute_files(node, folder) for node in graph.nodes))
+
+
+def _find(name: Path | str) -> Path:
+    if Path(name).is_file():
+        return Path(name)
+    folder = share("config/graphs")
+    path = folder / f"{name}.yaml"
+    if not path.is_file():
+        known = choices(file.stem for file in folder.glob("*.yaml"))
+        raise ConfigError(f"no graph {str(name)!r}; choices: {known}, or the path of a YAML file")
+    return path
 
 
 def resolve(graph: Graph, given: Mapping[str, Scalar]) -> tuple[Node, ...]:

@@ -15,14 +15,13 @@ from launch.events.process import ProcessExited
 from launch.substitutions import LaunchConfiguration
 from launch_ros.actions import Node as RosNode
 
-from vla_core.resources import share
 from vla_ros.graph import Graph, Node, load_graph, parameter_files, resolve
 from vla_ros.middleware import settings
 
 
 def launch_description(name: str) -> LaunchDescription:
     """The graph `config/graphs/<name>.yaml`; its arguments become launch arguments."""
-    graph = load_graph(share(f"config/graphs/{name}.yaml"))
+    graph = load_graph(name)
     declared = [
         DeclareLaunchArgument(
             name,

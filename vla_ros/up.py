@@ -294,13 +294,13 @@ def _exit_text(code: int) -> str:
 def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add `up` to the `vla` command line; its `run` takes the parsed arguments."""
     parser = commands.add_parser("up", help="start the nodes of a graph", description="Start the nodes of a graph.")
-    parser.add_argument("graph", type=Path, help="a graph, such as config/graphs/push_demo.yaml")
-    parser.add_argument("arguments", nargs="*", metavar="name=value", help="the graph's arguments; see the file")
+    parser.add_argument("graph", help="a name in config/graphs, or a YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="name=value", help="the graph's arguments; see the file")
     parser.set_defaults(run=_run)
 
 
 def _run(parsed: argparse.Namespace) -> int:
-    return run_graph(load_graph(parsed.graph), pairs(parsed.arguments))
+    return run_graph(load_graph(parsed.graph), pairs(parsed.overrides))
 
 
 def pairs(assignments: Sequence[str]) -> dict[str, Scalar]:

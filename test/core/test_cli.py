@@ -244,3 +244,15 @@ def test_replay_on_a_bag_of_another_robot(made: Path, fails: Fails) -> None:
     write_bag(made / "other", lacking, CONTRACT)
     assert "'arm/state'" in fails("replay", "policy", "other", "--out", "new")
     assert not (made / "new").exists()
+
+
+def test_assignments_may_follow_the_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["train", "mini_vla", "--dataset", str(tmp_path), "--out", str(tmp_path / "out"), "model.horizn=3"]
+    assert main(arguments) == 1
+    assert "model.horizn: unknown key" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop:
+        main([*arguments, "--stepz", "3"])
+    assert stop.value.code == 2 and "--stepz" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["inspect", str(tmp_path), "a=b"])
+    assert "unrecognized arguments: a=b" in capsys.readouterr().err

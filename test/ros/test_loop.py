@@ -13,7 +13,6 @@ import pytest
 from vla_core.data.bag import find_bags
 from vla_core.evaluation.closed_loop import evaluate
 from vla_core.evaluation.parity import ParityError, compare
-from vla_core.resources import share
 from vla_core.runtime.core import PolicyCore
 from vla_core.runtime.policy import Policy
 from vla_core.sim.metaworld import MetaWorld, instruction_for
@@ -30,7 +29,7 @@ REPORT_KEYS = {
 
 def run(name: str, **arguments: Any) -> None:
     lines: list[str] = []
-    status = run_graph(load_graph(share(f"config/graphs/{name}.yaml")), arguments, write=lines.append)
+    status = run_graph(load_graph(name), arguments, write=lines.append)
     assert status == 0, "\n".join(lines)
 
 
