@@ -27,6 +27,7 @@ from vla_core.sim.metaworld import INSTRUCTIONS, MetaWorld, instruction_for
 from vla_core.training.recipe import Recipe, load_recipe
 from vla_core.training.trainer import Progress, Result, train
 from vla_ros.graph import Scalar, load_graph
+from vla_ros.middleware import require_ros
 from vla_ros.up import run_graph
 
 CONTRACT = "metaworld_sawyer"
@@ -67,6 +68,7 @@ class Demo:
         self.options = options
         self.out = options.out
         self.contract = RobotContract.load(CONTRACT)
+        require_ros()
         # Bad names fail here, before minutes of work.
         self.recipe = load_recipe(options.recipe, options.overrides)
         steps = options.baseline_steps

@@ -7,12 +7,14 @@ Fast DDS start, so setting them inside the process is as good as setting them in
 from __future__ import annotations
 
 import fcntl
+import importlib.util
 import os
 import shutil
 import sys
 import time
 from pathlib import Path
 
+from vla_core.errors import VlaError
 from vla_core.resources import share
 
 PROFILE = "config/middleware/fastdds.xml"
@@ -39,6 +41,16 @@ def configure() -> None:
             "(in a container: --shm-size=1g)",
             file=sys.stderr,
         )
+
+
+def require_ros() -> None:
+    """Raise a one-line error when this Python has no ROS 2, or the package's messages are not built."""
+    for module, remedy in (
+        ("rclpy", "source a ROS 2 installation, or let `make setup` bring the wheels"),
+        ("vla_ros.msg", "build the messages: `make setup`, or colcon build and source install/setup.bash"),
+    ):
+        if importlib.util.find_spec(module) is None:
+            raise VlaError(f"{module} is not installed for {sys.executable}; {remedy}")
 
 
 def settings() -> dict[str, str]:

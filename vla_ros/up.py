@@ -27,7 +27,7 @@ import vla_ros
 from vla_core.config import ConfigError
 from vla_core.errors import choices
 from vla_ros.graph import Graph, Node, Scalar, load_graph, parameter_files, resolve
-from vla_ros.middleware import settings
+from vla_ros.middleware import require_ros, settings
 
 POLL_S = 0.02
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
@@ -300,6 +300,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 
 def _run(parsed: argparse.Namespace) -> int:
+    require_ros()
     return run_graph(load_graph(parsed.graph), pairs(parsed.overrides))
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from vla_core.config import ConfigError
+from vla_ros import cli
 from vla_ros.graph import Graph, Node
 from vla_ros.up import Grace, add_command, node_command, pairs, ros_arguments, run_graph
 
@@ -312,3 +313,13 @@ def test_the_command_line(tmp_path: Path) -> None:
 def test_an_assignment_needs_a_name_and_a_value(assignment: str) -> None:
     with pytest.raises(ConfigError, match=f"argument '{assignment}': expected name=value"):
         pairs([assignment])
+
+
+def test_without_ros_one_line_says_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("vla_ros.middleware.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("sys.argv", ["vla", "up", "push_demo"])
+    assert cli.main() == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: rclpy is not installed") and len(error.splitlines()) == 1
