@@ -88,8 +88,10 @@ class Checkpoint:
             weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.model.state_dict().items()}
             save_file(weights, partial / "model.safetensors")
             _replace(partial, path)
-        except BaseException:
+        except BaseException as error:
             shutil.rmtree(partial, ignore_errors=True)
+            if isinstance(error, SafetensorError):  # a full disk, in the words of safetensors
+                raise CheckpointError(f"{path}: cannot be written: {error}") from None
             raise
 
     @classmethod

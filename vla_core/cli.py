@@ -129,6 +129,7 @@ def _train(parsed: argparse.Namespace) -> int:
     from vla_core.training.trainer import train
 
     check_replaceable(parsed.out)
+    parsed.out.parent.mkdir(parents=True, exist_ok=True)
     recipe = load_recipe(parsed.recipe, parsed.overrides)
     dataset = load(parsed.dataset)
     validation = load(parsed.validation) if parsed.validation else None

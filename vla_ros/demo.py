@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -194,7 +195,10 @@ class Demo:
                     advance(int(match[1]), f"{match[2]} of {match[3]} succeeded")
 
             given: dict[str, Any] = {"contract": CONTRACT, "episodes": episodes, **arguments}
-            status = run_graph(load_graph(name), given, write=write)
+            stop = threading.Event()
+            status = run_graph(load_graph(name), given, write=write, stop=stop)
+        if stop.is_set():
+            raise KeyboardInterrupt
         if status != 0:
             errors = [line for line in lines if "error" in line.lower()] or lines[-1:]
             raise DemoError(f"{title}: the graph ended with status {status}: {' | '.join(errors[-2:])} (log: {log})")

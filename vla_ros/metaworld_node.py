@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from rclpy.duration import Duration
 from rclpy.node import Node
+from rclpy.qos import QoSProfile, ReliabilityPolicy
 from rclpy.time import Time
 from rosgraph_msgs.msg import Clock
 
@@ -36,6 +37,7 @@ from vla_ros.parameters import choice, declare, value
 
 QUEUE_DEPTH = 500  # a recorder may lag by some episodes' worth of messages
 PAUSE_NS = NANOSECONDS  # between two episodes, on the episode's clock
+NEWEST_QOS = QoSProfile(depth=1, reliability=ReliabilityPolicy.RELIABLE)
 STALE_STEPS = 8  # realtime: a command older than this many steps no longer counts
 ACK_TIMEOUT = Duration(seconds=10)
 
@@ -86,7 +88,9 @@ class MetaWorldNode(Node):
         self._expert_publisher = command_publisher(self, self.contract) if self._expert_drives else None
         self._episode_publisher = self.create_publisher(Episode, EPISODE_TOPIC, EPISODE_QOS)
         action = self.contract.action
-        self.create_subscription(message_class(action.type), action.topic, self._on_command, COMMAND_QOS, raw=True)
+        # Realtime obeys the newest command: a queue would hand a slow simulator ever older ones.
+        qos = COMMAND_QOS if self._lockstep else NEWEST_QOS
+        self.create_subscription(message_class(action.type), action.topic, self._on_command, qos, raw=True)
 
     def stop(self) -> None:
         """Write what was measured so far."""

@@ -32,7 +32,7 @@ from vla_core.evaluation.parity import InputLog
 from vla_core.observation import messages
 from vla_core.observation.builder import Unobserved
 from vla_core.runtime.chunk_executor import ActionChunk
-from vla_core.runtime.core import Command, PolicyCore
+from vla_core.runtime.core import LATENCIES, Command, PolicyCore
 from vla_core.runtime.policy import Policy
 from vla_ros import process
 from vla_ros.bridge import (
@@ -46,7 +46,6 @@ from vla_ros.msg import ActionChunk as ActionChunkMessage
 from vla_ros.msg import Episode
 from vla_ros.parameters import choice, declare, value
 
-SAMPLES = 10_000  # latencies kept for percentiles
 MAX_FAULTS = 4  # named in one diagnostic message
 SYNCHRONOUS_POLL_S = 0.02
 
@@ -74,7 +73,7 @@ class PolicyNode(LifecycleNode):
         self._acted = False  # whether this episode has had a chunk
         self._last_values: np.ndarray | None = None
         self._answered_ns = -1
-        self._latency_ms: deque[float] = deque(maxlen=SAMPLES)
+        self._latency_ms: deque[float] = deque(maxlen=LATENCIES)
         self.fault = ""  # the last one
         self._faults: list[str] = []  # the first ones since the last diagnostics
         self._counts = {"commands": 0, "safe_commands": 0, "chunks": 0, "faults": 0}
@@ -145,11 +144,15 @@ class PolicyNode(LifecycleNode):
         core.inference_ms.clear()
         self.core = core
         self._fingerprint = fingerprint(folder)
+        self._last_tick_ns, self._answered_ns, self._last_values = -1, -1, None  # nothing of an earlier policy
         rates = {name: s.rate_hz for name, s in core.builder.streams.items() if s.rate_hz}
         if not rates:
             raise VlaError(f"checkpoint {folder}: it sees no stream with a rate, so nothing sets its pace")
         self._pace = max(rates, key=lambda name: rates[name])  # ticks follow the fastest stream
-        self._input_log = InputLog() if value(self, "log_dir") else None
+        self._input_log = None
+        if value(self, "log_dir"):
+            Path(value(self, "log_dir")).mkdir(parents=True, exist_ok=True)  # fails here, not after the run
+            self._input_log = InputLog()
         self._command_publisher = command_publisher(self, core.contract)
         self._chunk_publisher = self.create_publisher(ActionChunkMessage, CHUNK_TOPIC, COMMAND_QOS)
         self._diagnostics = self.create_publisher(DiagnosticArray, "/diagnostics", 10)
@@ -265,15 +268,13 @@ class PolicyNode(LifecycleNode):
             self._last_tick_ns = tick_ns
             try:
                 chunk = core.infer(tick_ns)
+                self._acted = True
+                self._publish_chunk(chunk)
             except Unobserved as unobserved:
                 if self._acted:  # before an episode's first chunk, streams are still starting up
                     self._report_fault(str(unobserved))
-                continue
             except Exception as error:  # whatever it is: the control clock goes on, with the safe action
                 self._report_fault(f"inference failed: {error}")
-                continue
-            self._acted = True
-            self._publish_chunk(chunk)
 
     def _control(self) -> None:
         """The control clock: the action for now, or the safe one when no chunk covers now."""
@@ -347,11 +348,11 @@ class PolicyNode(LifecycleNode):
         if self.core is None:
             return
         values: dict[str, Any] = {"checkpoint": self._fingerprint, "active": self._active, **self._counts}
-        recent = self.core.inference_ms[-SAMPLES:]
-        for name, samples in (("inference_ms", recent), ("observation_to_command_ms", list(self._latency_ms))):
+        recent = self.core.inference_ms.copy()  # in one step: the worker appends
+        for name, samples in (("inference_ms", list(recent)), ("observation_to_command_ms", list(self._latency_ms))):
             values |= {f"{name}_p50": percentile(samples, 50), f"{name}_p99": percentile(samples, 99)}
         faults, self._faults = self._faults, []
-        fault = "; ".join(filter(None, [*faults, self._type_conflict(self.core)]))
+        fault = "; ".join(filter(None, [*faults, *self._absent(self.core), self._type_conflict(self.core)]))
         status = DiagnosticStatus(
             name=f"{self.get_fully_qualified_name()}: policy", hardware_id=self.core.contract.name,
             level=DiagnosticStatus.WARN if fault else DiagnosticStatus.OK, message=fault or "ok",
@@ -360,6 +361,14 @@ class PolicyNode(LifecycleNode):
         message = DiagnosticArray(status=[status])
         message.header.stamp = self.get_clock().now().to_msg()
         self._diagnostics.publish(message)
+
+    def _absent(self, core: PolicyCore) -> list[str]:
+        """What an active policy waits for, also before anything came and after all of it fell silent."""
+        if not self._active:
+            return []
+        # In lockstep time stands still between the ticks, and only what never came is absent.
+        at_ns = (core.buffer.newest_ns(self._pace) or 0) if self._synchronous else self._now_ns()
+        return core.builder.absent(core.buffer, at_ns)
 
     def _type_conflict(self, core: PolicyCore) -> str:
         """Name a topic that somebody publishes with another type: the middleware would only stay silent about it."""
@@ -376,9 +385,8 @@ class PolicyNode(LifecycleNode):
         if self._input_log is None:
             return
         folder = Path(value(self, "log_dir"))
-        folder.mkdir(parents=True, exist_ok=True)
         record = {
-            "inference_ms": core.inference_ms,
+            "inference_ms": list(core.inference_ms),
             "observation_to_command_ms": list(self._latency_ms),
             "counts": self._counts,
         }

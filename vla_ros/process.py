@@ -45,6 +45,7 @@ def main(make_node: Callable[[], Runnable], run: Callable[[Runnable, object, Sto
     """Run a node until SIGINT, SIGTERM or the end of ``run(node, executor, stop)``; returns the exit status."""
     middleware.configure()
     import rclpy
+    from rclpy.exceptions import ParameterException
     from rclpy.executors import SingleThreadedExecutor
     from rclpy.signals import SignalHandlerOptions
 
@@ -62,13 +63,15 @@ def main(make_node: Callable[[], Runnable], run: Callable[[Runnable, object, Sto
         node = make_node()
         executor.add_node(node)  # type: ignore[arg-type]
         return run(node, executor, told.is_set) if run else spin(executor, told.is_set)
-    except VlaError as error:
+    except (VlaError, OSError, ParameterException) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     finally:
-        if node is not None:
-            node.stop()
-        executor.shutdown()
-        if node is not None:
-            node.destroy_node()
-        rclpy.try_shutdown()
+        try:
+            if node is not None:
+                node.stop()
+        finally:
+            executor.shutdown()
+            if node is not None:
+                node.destroy_node()
+            rclpy.try_shutdown()

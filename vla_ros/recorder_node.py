@@ -190,7 +190,7 @@ class RecorderNode(Node):
             CONTRACT_KEY: self.contract.to_yaml(), "instruction": mark.instruction, "task": mark.task,
             "seed": str(mark.seed),
         }  # fmt: skip
-        self._writer = BagWriter(self._output / f"episode_{mark.index:06d}", metadata)
+        self._writer = BagWriter(self._output / f"episode_{len(self.bags):06d}", metadata)
         self._start_ns, self._end_ns = stamp_ns, None
         for topic, (type_name, latched) in self._topics.items():
             self._writer.add_topic(topic, type_name, latched)

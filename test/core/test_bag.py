@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import os
 import signal
 import subprocess
@@ -282,3 +284,40 @@ def test_find_bags(tmp_path: Path) -> None:
     for missing in ("none", "nowhere"):
         with pytest.raises(BagError, match=missing):
             bags.find_bags([tmp_path / missing])
+
+
+def test_a_full_disk_is_named_and_leaves_no_bag_that_looks_whole(tmp_path: Path) -> None:
+    class Full(io.BufferedWriter):
+        def write(self, data: object) -> int:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    writer = BagWriter(tmp_path / "bag")
+    writer.add_topic("arm/state", JOINTS)
+    first, *rest = stream_messages(3)
+    writer.write("arm/state", first.stamp_ns, first.data)
+    storage = writer._writer.storage
+    assert storage is not None
+    storage.bio = Full(open(tmp_path / "rest", "wb", buffering=0))  # type: ignore[attr-defined]  # noqa: SIM115
+    with pytest.raises(BagError, match="bag: cannot be written: No space left on device") as caught:
+        for message in rest:
+            writer.write("arm/state", message.stamp_ns + 10**10, message.data)
+        writer.close()
+    assert "\n" not in str(caught.value)
+    writer.abort()
+    assert not bags.info(tmp_path / "bag").whole
+
+
+def test_a_bag_that_lost_its_storage_is_not_passed_over(tmp_path: Path) -> None:
+    write_bag(tmp_path / "all" / "one", stream_messages(3))
+    lost = write_bag(tmp_path / "all" / "two", stream_messages(3))
+    (next(lost.glob("*.mcap"))).unlink()
+    assert bags.find_bags([tmp_path / "all"]) == [tmp_path / "all" / "one", lost]
+    with pytest.raises(BagError, match="two: no bag: neither"):
+        bags.info(lost)
+
+
+def test_the_contract_of_a_bag_that_is_not_whole_names_the_cause(tmp_path: Path) -> None:
+    path = write_bag(tmp_path / "bag", stream_messages(3))
+    (path / "metadata.yaml").unlink()
+    with pytest.raises(BagError, match="never closed"):
+        _ = bags.info(path).contract

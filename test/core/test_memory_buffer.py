@@ -164,3 +164,20 @@ def test_threads_that_add_and_sample_see_whole_messages() -> None:
     for thread in threads:
         thread.join(30)
     assert not wrong and buffer.newest_ns("s") == 2999
+
+
+def test_a_simulator_that_was_started_again_starts_empty() -> None:
+    """Both runs begin at 1 s; the first was shorter than the buffer's span."""
+    run = [1_000_000_000 + k * 12_500_000 for k in range(60)]
+    for mark_first in (True, False):  # the first observation may overtake the mark
+        buffer = MemoryBuffer(["state", "image"], span_ns=1_000_000_000)
+        for stamp in run:
+            buffer.add("state", stamp, b"old")
+            buffer.add("image", stamp, b"old")
+        if mark_first:
+            buffer.start_episode(run[0])
+        assert buffer.add("state", run[0], b"new")
+        if not mark_first:
+            buffer.start_episode(run[0])
+        assert buffer.newest_ns("state") == run[0] and buffer.sample("state", run[0]) == (run[0], b"new")
+        assert buffer.sample("image", run[-1]) is None

@@ -161,10 +161,50 @@ def test_stale_camera_leads_to_the_safe_action_and_is_named(
     assert policy.trigger_configure() == OK and policy.trigger_activate() == OK
     robot.drive_until(lambda: len(robot.commands) > 3, "commands")
     robot.drive_until(
-        lambda: robot.fault("image (camera/image_raw/compressed)") or robot.fault("no chunk covers"),
-        "a diagnostic", image=False,
-    )  # fmt: skip
+        lambda: robot.fault("image (camera/image_raw/compressed)"), "a diagnostic that names the camera", image=False
+    )
     ros.spin_until(lambda: list(robot.commands[-1].velocity[:3]) == [0.0, 0.0, 0.0], "zero velocity")
+    assert policy.trigger_deactivate() == OK
+
+
+def test_what_never_came_is_named(ros: Ros, checkpoint: Path, contract: RobotContract) -> None:
+    policy = make_policy(ros, checkpoint)
+    robot = Robot(ros, contract)
+    assert policy.trigger_configure() == OK and policy.trigger_activate() == OK
+    robot.drive_until(
+        lambda: robot.fault("image (camera/image_raw/compressed): nothing received"), "a diagnostic", image=False
+    )
+    assert not robot.commands
+    assert policy.trigger_deactivate() == OK
+
+
+def test_when_all_fall_silent_each_is_named(ros: Ros, checkpoint: Path, contract: RobotContract) -> None:
+    policy = make_policy(ros, checkpoint)
+    robot = Robot(ros, contract)
+    assert policy.trigger_configure() == OK and policy.trigger_activate() == OK
+    robot.drive_until(lambda: len(robot.commands) > 3, "commands")
+    ros.spin_until(lambda: robot.fault("state (task/state): ") and robot.fault("old, limit 0.1 s"), "a diagnostic")
+    assert policy.trigger_deactivate() == OK
+
+
+def test_it_goes_on_after_the_clock_was_set_back(
+    ros: Ros, checkpoint: Path, contract: RobotContract, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = make_policy(ros, checkpoint)
+    robot = Robot(ros, contract)
+    offset_ns = 0
+    monkeypatch.setattr(policy, "_now_ns", lambda: time.time_ns() + offset_ns)
+
+    def chunks(count: int) -> bool:
+        robot.observe(stamp_ns=time.time_ns() + offset_ns)
+        return len(robot.chunks) > count
+
+    assert policy.trigger_configure() == OK and policy.trigger_activate() == OK
+    ros.spin_until(lambda: chunks(5), "chunks")
+    offset_ns = -100 * 10**9
+    robot.chunks.clear()
+    ros.spin_until(lambda: chunks(5), "chunks on the clock that was set back")
+    ros.spin_until(lambda: chunks(0) and any(robot.commands[-1].velocity[:3]), "motion")
     assert policy.trigger_deactivate() == OK
 
 

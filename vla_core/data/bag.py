@@ -64,6 +64,7 @@ class BagWriter:
         self._connections: dict[str, Connection] = {}
         self._pending_bytes = 0
         self._flushed_ns = 0
+        self._broken = False
         self.messages = 0
 
     def set_metadata(self, key: str, value: str) -> None:
@@ -97,6 +98,8 @@ class BagWriter:
 
     def close(self) -> None:
         """Write the index and ``metadata.yaml``: from here on the bag is whole."""
+        if self._broken:
+            raise BagError(f"{self.path}: not closed, since it could not be written")
         if self._writer.storage is not None:
             with self._named_errors():
                 self._writer.close()
@@ -112,8 +115,11 @@ class BagWriter:
     def _named_errors(self) -> Iterator[None]:
         try:
             yield
-        except OSError as error:
-            raise BagError(f"{self.path}: cannot be written: {error}; what was flushed before stays readable") from None
+        except OSError as error:  # what comes after a hole must never make the bag look whole
+            self._broken = True
+            (self.path / "metadata.yaml").unlink(missing_ok=True)
+            cause = error.strerror or error
+            raise BagError(f"{self.path}: cannot be written: {cause}; what was flushed before stays readable") from None
 
     def __enter__(self) -> BagWriter:
         return self
@@ -143,6 +149,8 @@ class BagInfo:
     @property
     def contract(self) -> RobotContract:
         """The contract embedded at recording."""
+        if not self.whole:
+            raise BagError(f"{self.path}: {self.note}")
         if CONTRACT_KEY not in self.metadata:
             raise BagError(f"{self.path}: no contract inside (custom_data {CONTRACT_KEY!r}); it has: "
                            f"{choices(self.metadata)}. Name one with --contract")  # fmt: skip
@@ -155,7 +163,7 @@ def find_bags(paths: list[Path]) -> list[Path]:
     for path in paths:
         if not path.is_dir():
             raise BagError(f"{path}: no such folder; a bag is a folder with metadata.yaml and .mcap or .db3 files")
-        below = [path] if _storage_files(path) else sorted(p for p in path.iterdir() if _storage_files(p))
+        below = [path] if _is_bag(path) else sorted(p for p in path.iterdir() if _is_bag(p))
         if not below:
             raise BagError(f"{path}: no bag here or in the folders below it")
         bags += below
@@ -235,6 +243,11 @@ def _open(path: Path) -> Iterator[Reader]:
 def _custom_data(path: Path) -> dict[str, str]:
     information = yaml.safe_load((path / "metadata.yaml").read_text(encoding="utf-8"))["rosbag2_bagfile_information"]
     return dict(information.get("custom_data") or {})
+
+
+def _is_bag(path: Path) -> bool:
+    """Also one that lost its storage: it must be complained of, not passed over."""
+    return bool(_storage_files(path)) or (path / "metadata.yaml").is_file()
 
 
 def _storage_files(path: Path) -> list[Path]:

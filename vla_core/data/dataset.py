@@ -121,8 +121,10 @@ def convert(
                        "episodes": entries, "left_out": left_out}  # fmt: skip
         (partial / "dataset.json").write_text(json.dumps(description, indent=1), encoding="utf-8")
         os.replace(partial, out)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, SafetensorError):  # a full disk, in the words of safetensors
+            raise DatasetError(f"{out}: cannot be written: {error}") from None
         raise
     return load(out)
 

@@ -101,22 +101,11 @@ class ObservationBuilder:
 
     def build(self, buffer: MemoryBuffer, at_ns: int) -> Observation:
         """The observation at ``at_ns``; raises :class:`Unobserved` with every reason."""
-        values: dict[str, Value] = {}
-        ages: dict[str, int] = {}
-        reasons = []
-        for name, stream in self.streams.items():
-            sample = buffer.sample(name, at_ns)
-            if sample is None:
-                reasons.append(f"{name} ({stream.topic}): nothing received")
-                continue
-            stamp_ns, data = sample
-            ages[name] = at_ns - stamp_ns
-            if stream.max_age_ns is not None and ages[name] > stream.max_age_ns:
-                reasons.append(f"{name} ({stream.topic}): {ages[name] / 1e9:.3f} s old, limit {stream.max_age_s} s")
-                continue
-            values[name] = self._value(name, stamp_ns, data)
+        samples, reasons = self._samples(buffer, at_ns)
         if reasons:
             raise Unobserved(reasons)
+        values = {name: self._value(name, stamp_ns, data) for name, (stamp_ns, data) in samples.items()}
+        ages = {name: at_ns - stamp_ns for name, (stamp_ns, _) in samples.items()}
         state = [np.asarray(values[name], dtype=np.float32) for name in self.spec.state]
         return Observation(
             stamp_ns=at_ns,
@@ -125,6 +114,25 @@ class ObservationBuilder:
             instruction=str(values[self.spec.instruction]) if self.spec.instruction else "",
             ages_ns=ages,
         )
+
+    def absent(self, buffer: MemoryBuffer, at_ns: int) -> list[str]:
+        """One line per stream that is missing or stale at ``at_ns``; decodes nothing."""
+        return self._samples(buffer, at_ns)[1]
+
+    def _samples(self, buffer: MemoryBuffer, at_ns: int) -> tuple[dict[str, tuple[int, bytes]], list[str]]:
+        """``(stamp_ns, message)`` of each stream that may be used at ``at_ns``, and why the others may not."""
+        samples: dict[str, tuple[int, bytes]] = {}
+        reasons = []
+        for name, stream in self.streams.items():
+            sample = buffer.sample(name, at_ns)
+            if sample is None:
+                reasons.append(f"{name} ({stream.topic}): nothing received")
+            elif stream.max_age_ns is not None and at_ns - sample[0] > stream.max_age_ns:
+                age_s = (at_ns - sample[0]) / NANOSECONDS
+                reasons.append(f"{name} ({stream.topic}): {age_s:.3f} s old, limit {stream.max_age_s} s")
+            else:
+                samples[name] = sample
+        return samples, reasons
 
     def _value(self, name: str, stamp_ns: int, data: bytes) -> Value:
         """Decode a message once, however many ticks hold it."""

@@ -1,8 +1,8 @@
 """The temporal memory: per stream, the newest serialized messages in order of their stamps.
 
 Callbacks only store bytes; what is sampled is decoded later. Memory is bounded by a time span and by bytes, whatever
-the input rate. A stream whose stamps jump back by more than the span (a bag that loops, a clock that was reset)
-starts anew instead of holding a future that never comes.
+the input rate. A stream whose stamps jump back further than messages overtake one another (a bag that loops, a
+simulator that was started again) starts anew instead of holding a future that never comes.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 DEFAULT_SPAN_NS = 2_000_000_000
 DEFAULT_MAX_BYTES = 64 * 1024 * 1024
+SET_BACK_NS = 250_000_000  # stamps that go back by more than this, or by the span, are those of another clock
 
 
 @dataclass
@@ -52,6 +53,7 @@ class MemoryBuffer:
         self._rings = {name: _Ring() for name in names}
         self._latched = frozenset(latched)
         self._span_ns = span_ns
+        self._set_back_ns = min(span_ns, SET_BACK_NS)
         self._max_bytes = max_bytes
         self._not_before_ns = 0
         self._lock = threading.Lock()
@@ -64,7 +66,7 @@ class MemoryBuffer:
                 ring.clear()
             elif self._not_before_ns - self._span_ns <= stamp_ns < self._not_before_ns:
                 return False  # from the end of the last episode; older still is a clock that was set back
-            elif ring.stamps and stamp_ns < ring.stamps[-1] - self._span_ns:
+            elif ring.stamps and stamp_ns < ring.stamps[-1] - self._set_back_ns:
                 ring.clear()
             place = bisect.bisect_left(ring.stamps, stamp_ns)
             if place < len(ring.stamps) and ring.stamps[place] == stamp_ns:
@@ -95,8 +97,8 @@ class MemoryBuffer:
             for name, ring in self._rings.items():
                 if name in self._latched:
                     continue
-                if ring.stamps and ring.stamps[-1] > stamp_ns + self._span_ns:
-                    ring.clear()  # stamps of the far future belong to a clock that was set back
+                if ring.stamps and ring.stamps[-1] > stamp_ns + self._set_back_ns:
+                    ring.clear()  # no message overtakes its episode's mark by so much: the clock was set back
                 ring.drop_first(bisect.bisect_left(ring.stamps, stamp_ns))
 
     def size_bytes(self) -> int:

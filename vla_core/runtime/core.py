@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +12,8 @@ from vla_core.observation.builder import Observation, ObservationBuilder
 from vla_core.observation.messages import header_stamp_ns
 from vla_core.runtime.chunk_executor import ActionChunk, ChunkExecutor
 from vla_core.runtime.policy import Policy
+
+LATENCIES = 10_000  # kept for percentiles; a robot runs for weeks
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class PolicyCore:
         self.builder = ObservationBuilder(policy.contract, policy.spec)
         self.buffer = self.builder.make_buffer()
         self.executor = ChunkExecutor(policy.checkpoint.config.execution.steps)
-        self.inference_ms: list[float] = []
+        self.inference_ms: deque[float] = deque(maxlen=LATENCIES)
         self.last_observation: Observation | None = None
         self._low = np.asarray(policy.contract.action.low)
         self._high = np.asarray(policy.contract.action.high)
