@@ -128,7 +128,6 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs POSIX signals")
 def test_a_killed_recorder_leaves_what_was_flushed(tmp_path: Path) -> None:
     path, count = tmp_path / "bag", 120
     root = Path(__file__).parents[2]
