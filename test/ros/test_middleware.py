@@ -20,7 +20,7 @@ MESSAGES = 10
 
 # Both import only what a node imports, and both set their middleware up themselves. Best effort:
 # with Fast DDS's own settings a message of this size is lost without a word.
-PUBLISHER = f"""
+PUBLISHER = """
     import array, select, sys
     from vla_ros.middleware import configure
     configure()
