@@ -23,6 +23,14 @@ def positive(text: str) -> int:
     return value
 
 
+def not_negative(text: str) -> int:
+    """A whole number from zero on, for argparse."""
+    value = int(text)
+    if value < 0:
+        raise ValueError
+    return value
+
+
 def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add this module's commands to a parser."""
     convert = commands.add_parser("convert", help="bags to a training set")
@@ -45,9 +53,11 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     evaluate = commands.add_parser("evaluate", help="closed-loop success in simulation, in one process, without ROS")
     evaluate.add_argument("checkpoint", type=Path)
     evaluate.add_argument("--task", default="push-v3")
-    evaluate.add_argument("--camera", default="corner2")
+    evaluate.add_argument("--camera", help="default: the one that the policy was trained for")
     evaluate.add_argument("--episodes", type=positive, default=50)
-    evaluate.add_argument("--seed", type=int, default=10000, help="seed of the first episode; each later one counts up")
+    evaluate.add_argument(
+        "--seed", type=not_negative, default=10000, help="seed of the first episode; each later one counts up"
+    )
     evaluate.add_argument("--max-steps", type=positive, default=200)
     evaluate.add_argument("--instruction", help="default: the task's own")
     evaluate.add_argument("--black-camera", action="store_true")
@@ -136,7 +146,7 @@ def _train(parsed: argparse.Namespace) -> int:
     logs = parsed.logs or parsed.out.parent / "tensorboard"
     with bar("train", recipe.training.steps) as advance:
         result = train(recipe, dataset, validation, logs, lambda p: advance(p.step, p.note),
-                       {"recipe": parsed.recipe, "dataset": str(parsed.dataset)})  # fmt: skip
+                       {"recipe": parsed.recipe, "dataset": str(parsed.dataset), "camera": recipe.camera})  # fmt: skip
     result.checkpoint.save(parsed.out)
     held_out = "" if result.validation_loss is None else f", held-out loss {result.validation_loss:.4f}"
     print(f"{parsed.out}: {result.seconds:.0f} s, loss {result.loss:.4f}{held_out}; TensorBoard: {logs}")
@@ -154,7 +164,8 @@ def _evaluate(parsed: argparse.Namespace) -> int:
     from vla_core.sim.metaworld import MetaWorld, instruction_for
 
     core = PolicyCore(Policy.load(parsed.checkpoint))
-    world = MetaWorld(parsed.task, parsed.camera, core.contract, black_camera=parsed.black_camera)
+    camera = parsed.camera or core.policy.checkpoint.config.provenance.get("camera", "corner2")
+    world = MetaWorld(parsed.task, camera, core.contract, black_camera=parsed.black_camera)
     instruction = instruction_for(parsed.task) if parsed.instruction is None else parsed.instruction
     seeds = range(parsed.seed, parsed.seed + parsed.episodes)
     outcomes: list[bool] = []
@@ -170,7 +181,7 @@ def _evaluate(parsed: argparse.Namespace) -> int:
     print(f"success {rate:.2f} (95 % interval {low:.2f} to {high:.2f}) over {len(outcomes)} episodes of {parsed.task}")
     if parsed.out:
         record = {
-            "checkpoint": str(parsed.checkpoint), "task": parsed.task, "camera": parsed.camera,
+            "checkpoint": str(parsed.checkpoint), "task": parsed.task, "camera": camera,
             "instruction": instruction, "max_steps": parsed.max_steps, "success_rate": rate,
             "success_ci95": [low, high], "episodes": [dataclasses.asdict(result) for result in results],
         }  # fmt: skip

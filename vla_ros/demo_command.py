@@ -7,7 +7,7 @@ import webbrowser
 from os import environ
 from pathlib import Path
 
-from vla_core.cli import positive
+from vla_core.cli import not_negative, positive
 
 
 def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -17,7 +17,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser.add_argument("--camera", help="MuJoCo camera of the task; default: the recipe's")
     parser.add_argument("--episodes", type=positive, default=50, help="demonstrations to record")
     parser.add_argument("--recipe", default="mini_vla", help="a name in config/train, or a YAML file")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the first demonstration")
+    parser.add_argument("--seed", type=not_negative, default=0, help="seed of the first demonstration")
     parser.add_argument("--evaluation-episodes", type=positive, default=50, help="live episodes per figure")
     parser.add_argument("--held-out-episodes", type=positive, default=5, help="bags for held-out loss and replay")
     parser.add_argument("--realtime-episodes", type=positive, default=10, help="live episodes for latencies")

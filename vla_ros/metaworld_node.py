@@ -69,6 +69,12 @@ class MetaWorldNode(Node):
         declare(self, "video", "", "GIF file of the first episodes")
         declare(self, "video_episodes", 3, "how many episodes the video shows")
 
+        for name, least in (("seed", 0), ("episodes", 1), ("max_steps", 1), ("camera_size", 16)):
+            if value(self, name) < least:
+                raise VlaError(f"parameter {name} is {value(self, name)}; expected at least {least}")
+        for name in ("results", "video"):
+            if value(self, name):  # what cannot be written must fail here, not after the run
+                Path(value(self, name)).parent.mkdir(parents=True, exist_ok=True)
         self.contract = RobotContract.load(value(self, "contract"))
         self._lockstep = choice(self, "clock", ("realtime", "lockstep")) == "lockstep"
         self._expert_drives = choice(self, "driver", ("policy", "expert")) == "expert"
@@ -244,7 +250,6 @@ class MetaWorldNode(Node):
     def _write_outputs(self) -> None:
         if value(self, "results"):
             path = Path(value(self, "results"))
-            path.parent.mkdir(parents=True, exist_ok=True)
             record = {"task": self.world.task, "camera": self.world.camera, "instruction": self.instruction,
                       "clock": value(self, "clock"), "max_steps": value(self, "max_steps"),
                       "late_ticks": self._late_ticks, "episodes": self.results}  # fmt: skip
@@ -253,7 +258,6 @@ class MetaWorldNode(Node):
             from PIL import Image
 
             path = Path(value(self, "video"))
-            path.parent.mkdir(parents=True, exist_ok=True)
             first, *rest = [Image.fromarray(frame) for frame in self._frames]
             period_ms = round(1000 * self.world.steps_per_frame / self.contract.rate_hz)
             first.save(path, save_all=True, append_images=rest, duration=period_ms, loop=0)

@@ -256,3 +256,11 @@ def test_assignments_may_follow_the_options(tmp_path: Path, capsys: pytest.Captu
     with pytest.raises(SystemExit):
         main(["inspect", str(tmp_path), "a=b"])
     assert "unrecognized arguments: a=b" in capsys.readouterr().err
+
+
+def test_negative_seeds_are_refused(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["evaluate", "policy", "--seed", "-1"])
+    assert "invalid not_negative value" in capsys.readouterr().err
+    assert main(["train", "toy.yaml", "--dataset", "set", "--out", "of_seed", "training.seed=-1"]) == 1
+    assert "seed: expected at least 0, found -1" in capsys.readouterr().err

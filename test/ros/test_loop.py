@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -87,9 +89,6 @@ def test_lockstep_over_ros_equals_the_evaluation_in_one_process(domain: int, che
 
 
 def test_an_unanswered_simulator_says_who_is_missing(domain: int, tmp_path: Path, capfd: Any) -> None:
-    import subprocess
-    import sys
-
     done = subprocess.run(
         [sys.executable, "-m", "vla_ros.metaworld_node", "--ros-args", "-p", "clock:=lockstep",
          "-p", "wait_for:=[policy]", "-p", "wait_timeout_s:=1.0"],
@@ -146,3 +145,17 @@ def test_the_whole_demo_tiny(domain: int, tmp_path: Path, monkeypatch: pytest.Mo
     assert not re.search(r'(src|href)="?(https?:|/|\.)', page), "the page must be self-contained"
     assert list((out / "tensorboard").rglob("events.out.*"))
     assert json.loads((out / "live" / "live" / "episodes.json").read_text())["episodes"][0]["steps"] <= 40
+
+
+@pytest.mark.parametrize(("parameter", "least"), [("seed:=-1", 0), ("episodes:=0", 1), ("camera_size:=0", 16)])
+def test_the_simulator_refuses_numbers_out_of_range(domain: int, parameter: str, least: int) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "vla_ros.metaworld_node", "--ros-args", "-p", parameter],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 1
+    name, _, found = parameter.partition(":=")
+    assert done.stderr.strip().splitlines() == [f"error: parameter {name} is {found}; expected at least {least}"]

@@ -26,6 +26,8 @@ class Policy:
     """
 
     def __init__(self, checkpoint: Checkpoint, seed: int = 0) -> None:
+        if seed < 0:
+            raise PolicyError(f"seed: expected at least 0, found {seed}")
         self.checkpoint = checkpoint
         self.contract = checkpoint.contract
         self.spec = checkpoint.config.observation

@@ -69,7 +69,7 @@ class Training:
             raise ConfigError(f"learning_rate: expected a positive number, found {self.learning_rate}")
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
             raise ConfigError(f"ema_decay: expected null or 0 to 1, found {self.ema_decay}")
-        for name in ("image_shift", "state_noise", "warmup_steps", "weight_decay"):
+        for name in ("image_shift", "state_noise", "warmup_steps", "weight_decay", "seed"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name}: expected at least 0, found {getattr(self, name)}")
 
