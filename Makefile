@@ -36,14 +36,16 @@ DEMO_OPTIONS := $(if $(TASK),--task $(TASK)) $(if $(CAMERA),--camera $(CAMERA)) 
                 $(if $(EPISODES),--episodes $(EPISODES)) $(if $(RECIPE),--recipe $(RECIPE)) \
                 $(if $(SEED),--seed $(SEED))
 
-.PHONY: help setup test demo clean
+.PHONY: help setup test demo bench clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo 'make demo    record, train, run live and replay; the report is out/demo/report.html'
 	@echo '             options: TASK=reach-v3 CAMERA=corner2 EPISODES=50 RECIPE=mini_vla SEED=0'
 	@echo 'make test    ruff, mypy and every test'
-	@echo 'make setup   only what both begin with: .venv with ROS 2, the messages, torch, MuJoCo'
+	@echo 'make bench   measure and compare with peers, at most 10 minutes a suite; tables, and out/bench/<suite>.json'
+	@echo '             options: SUITE=robot ONLY=latency LONG=1'
+	@echo 'make setup   only what all begin with: .venv with ROS 2, the messages, torch, MuJoCo'
 	@echo 'make clean   remove .venv and what was built; out/ stays'
 	@echo 'ROS 2 here:  $(ROS_FROM)'
 
@@ -57,9 +59,12 @@ test: setup
 	$(PY) -m mypy
 	$(PY) -m pytest
 
+bench: setup
+	$(PY) -m test.benchmarks $(SUITE) $(if $(ONLY),--only '$(ONLY)') $(if $(LONG),--long)
+
 setup: $(VENV)/.messages
 
-$(VENV)/.messages: $(VENV)/.packages CMakeLists.txt package.xml $(wildcard msg/*.msg) vla_ros/wheels.py
+$(VENV)/.messages: $(VENV)/.packages CMakeLists.txt package.xml $(wildcard msg/*.msg action/*.action) vla_ros/wheels.py
 	$(PY) -m vla_ros.wheels
 	@touch $@
 

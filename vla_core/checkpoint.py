@@ -26,6 +26,7 @@ from vla_core.model.vla.mini_vla import MiniVLA, MiniVLAConfig
 from vla_core.model.vlm.text_encoder import WordTokenizer
 from vla_core.observation.builder import ObservationSpec
 from vla_core.observation.normalizer import Normalization, Normalizer, Statistics
+from vla_core.runtime.execution import Execution
 
 FORMAT = "vla_ros_checkpoint_v1"
 FILES = ("config.json", "model.safetensors", "statistics.json", "tokenizer.json", "contract.yaml")
@@ -33,17 +34,6 @@ FILES = ("config.json", "model.safetensors", "statistics.json", "tokenizer.json"
 
 class CheckpointError(VlaError):
     """A checkpoint that cannot be trusted to run, and what it lacks."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Execution:
-    """How chunks are used: of each the first ``steps`` rows run before the next inference is due."""
-
-    steps: int = 4
-
-    def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ConfigError(f"steps: expected at least 1, found {self.steps}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,9 +48,7 @@ class PolicyConfig:
     provenance: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.execution.steps > self.model.horizon:
-            raise ConfigError(f"execution.steps: {self.execution.steps} is more than the horizon "
-                              f"model.horizon: {self.model.horizon}")  # fmt: skip
+        self.execution.check(self.model.horizon, self.model.head)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +140,7 @@ def _check_sizes(path: Path, config: PolicyConfig, contract: RobotContract, stat
         raise CheckpointError(f"{path}: statistics.json holds {type(statistics).__name__}, expected groups of numbers")
     expected = {
         "state": (sum(len(contract.stream(name).names) for name in config.observation.state), config.model.state_dim),
-        "action": (len(contract.action.names), config.model.action_dim),
+        "action": (len(contract.action_names), config.model.action_dim),
     }
     for name, (declared, modelled) in expected.items():
         if declared != modelled:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import yaml
 
 from vla_core.config import ConfigError, from_dict, load_yaml, to_dict
@@ -24,14 +25,27 @@ class ContractError(VlaError):
     """Two contracts that disagree, or a stream that a contract does not have."""
 
 
+Sampling = Literal["hold", "nearest", "interpolate", "window"]
+Reaction = Literal["clamp", "hold", "stop", "latch"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Stream:
-    """One observation of the robot: where it comes from and how old it may be.
+    """One observation of the robot: where it comes from, how it is sampled at a tick and how old it may be.
 
     ``type`` is a ROS type name such as ``sensor_msgs/msg/JointState``; ``names`` are the entries taken from the
-    message, in this order, from its array ``field``. ``rate_hz`` is the rate that the sensor is expected to keep.
-    A ``latched`` stream (an instruction) has no rate: its newest value holds until replaced. ``best_effort`` also
-    receives from reliable publishers; ``reliable`` asks for every message and refuses best-effort publishers.
+    message, in this order: joints of a ``JointState`` (from its array ``field``), columns of a ``PointCloud2``, or
+    dotted paths such as ``angular_velocity.x`` of any other message. ``rate_hz`` is the rate that the sensor is
+    expected to keep. A ``latched`` stream (an instruction) has no rate: its newest value holds until replaced.
+    ``best_effort`` also receives from reliable publishers; ``reliable`` asks for every message and refuses
+    best-effort publishers.
+
+    ``sampling`` at a tick: ``hold`` takes the newest message not after it; ``nearest`` the closest one, at most
+    ``tolerance_s`` away; ``interpolate`` blends the two around it linearly, rotations along the arc, and holds the
+    first where the second is not there within ``tolerance_s``; ``window`` takes all of the last ``window_s``. None of
+    them sees what is stamped after the newest tick, unless the contract is ``offline``.
+    ``missing``: a stream that is missing or older than ``max_age_s`` makes the policy refuse (``refuse``) or is given
+    to it as masked (``mask``), for models that were trained with the mask.
     """
 
     topic: str
@@ -40,6 +54,10 @@ class Stream:
     max_age_s: float | None = None
     latched: bool = False
     reliability: Literal["best_effort", "reliable"] = "best_effort"
+    sampling: Sampling = "hold"
+    tolerance_s: float | None = None
+    window_s: float | None = None
+    missing: Literal["refuse", "mask"] = "refuse"
     frame_id: str | None = None
     field: str | None = None
     names: tuple[str, ...] = ()
@@ -48,8 +66,18 @@ class Stream:
     def __post_init__(self) -> None:
         if not self.latched and (self.rate_hz is None or self.max_age_s is None):
             raise ConfigError("rate_hz: a stream that is not latched needs rate_hz and max_age_s")
-        if self.rate_hz is not None and not 0 < self.rate_hz < float("inf"):
-            raise ConfigError(f"rate_hz: expected a positive rate, found {self.rate_hz}")
+        for key in ("rate_hz", "max_age_s", "tolerance_s", "window_s"):
+            number = getattr(self, key)
+            if number is not None and not 0 < number < float("inf"):
+                raise ConfigError(f"{key}: expected a positive number, found {number}")
+        if self.latched and self.sampling != "hold":
+            raise ConfigError(f"sampling: a latched stream can only hold, found {self.sampling!r}")
+        if self.sampling == "nearest" and self.tolerance_s is None:
+            raise ConfigError("tolerance_s: sampling nearest needs it")
+        if self.sampling in ("hold", "window") and self.tolerance_s is not None:
+            raise ConfigError(f"tolerance_s: belongs to nearest and interpolate, found it with {self.sampling}")
+        if (self.sampling == "window") != (self.window_s is not None):
+            raise ConfigError(f"window_s: belongs to sampling window alone, found {self.window_s} with {self.sampling}")
         if len(self.units) != len(self.names):
             raise ConfigError(f"units: expected one unit per name ({len(self.names)}), found {len(self.units)}")
 
@@ -63,26 +91,58 @@ class Stream:
         """Age beyond which a sample counts as missing, nanoseconds."""
         return None if self.max_age_s is None else round(NANOSECONDS * self.max_age_s)
 
+    @property
+    def window_length(self) -> int:
+        """Samples of a full window: ``window_s`` at ``rate_hz``; 1 without a window."""
+        return 1 if self.window_s is None or self.rate_hz is None else max(1, round(self.window_s * self.rate_hz))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """How fast the commanded motion may change, one positive number per name; an empty tuple sets no bound.
+
+    In the action's unit per s, s2 and s3, of the motion itself: with ``kind: position`` velocity is the first
+    derivative of the values, with ``kind: velocity`` it is their size. ``rate`` bounds the values' change per second
+    whatever they are, for efforts and openings.
+    """
+
+    velocity: tuple[float, ...] = ()
+    acceleration: tuple[float, ...] = ()
+    jerk: tuple[float, ...] = ()
+    rate: tuple[float, ...] = ()
+
 
 @dataclass(frozen=True, kw_only=True)
 class Action:
-    """The robot's command: one message per control step, entries ``names`` in its array ``field``.
+    """One command topic of the robot, entries ``names`` of its messages.
 
-    ``safe`` says per entry what a fault leads to: ``zero`` sends 0 (the stop of a velocity), ``hold`` repeats the
-    last command (a grip that must not open).
+    ``names`` are joints (``JointState``, ``JointTrajectory``), positions in the array (``Float64MultiArray``), dotted
+    paths (``Twist``: ``linear.x``) or coordinates (``Path``, ``vla_ros/msg/Trajectory``: x, y, z, yaw, speed,
+    acceleration). ``field`` is the array of a joint message: position, velocity or effort.
+
+    ``publish``: one message per control step, or the rest of a chunk (``chunk``) for trajectories; ``step_s`` is then
+    the time between two points, the control period without it. ``safe`` says per entry what a fault leads to:
+    ``zero`` sends 0 (the stop of a velocity), ``hold`` repeats the last command (a joint, a grip that must not open).
+    ``limits`` are enforced by the safety stage.
     """
 
     topic: str
     type: str
-    field: str
+    field: str = ""
     names: tuple[str, ...]
     units: tuple[str, ...]
     low: tuple[float, ...]
     high: tuple[float, ...]
     safe: tuple[Literal["zero", "hold"], ...]
+    kind: Literal["position", "velocity", "effort"] = "position"
+    publish: Literal["step", "chunk"] = "step"
+    step_s: float | None = None
     frame_id: str = ""
+    limits: Limits = dataclasses.field(default_factory=Limits)
 
     def __post_init__(self) -> None:
+        if not self.names:
+            raise ConfigError("names: expected at least one")
         for key in ("units", "low", "high", "safe"):
             if len(getattr(self, key)) != len(self.names):
                 raise ConfigError(
@@ -91,21 +151,173 @@ class Action:
         for name, low, high in zip(self.names, self.low, self.high, strict=True):
             if not low < high:
                 raise ConfigError(f"low: {name} has low {low} and high {high}; low must be below high")
+        for key in ("velocity", "acceleration", "jerk", "rate"):
+            bounds = getattr(self.limits, key)
+            if len(bounds) not in (0, len(self.names)) or not all(bound > 0 for bound in bounds):
+                raise ConfigError(f"limits.{key}: expected {len(self.names)} positive numbers or none, found {bounds}")
+            if bounds and self.kind == "effort" and key != "rate":
+                raise ConfigError(f"limits.{key}: an effort has no motion of its own to limit; choices: rate")
+        if self.step_s is not None and (self.publish == "step" or not 0 < self.step_s < float("inf")):
+            raise ConfigError(f"step_s: expected a positive time, with publish chunk alone, found {self.step_s}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Axis:
+    """One side of the workspace: ``position`` is an entry of the workspace's stream, and must stay in [low, high].
+
+    ``action`` is the entry of the commands that moves it, as a position or as a velocity.
+    """
+
+    action: str
+    position: str
+    low: float
+    high: float
+
+    def __post_init__(self) -> None:
+        if not self.low < self.high:
+            raise ConfigError(f"low: {self.position} has low {self.low} and high {self.high}; low must be below high")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workspace:
+    """The box in which the robot may be, seen in the observation ``stream``."""
+
+    stream: str
+    axes: tuple[Axis, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reactions:
+    """What the safety stage does about each kind of violation.
+
+    ``clamp`` passes the nearest command within the limits; ``hold`` repeats the last one that was passed; ``stop``
+    slows down at the limit of acceleration to the declared safe action; ``latch`` does so and stays there until it is
+    reset. Where there is nothing to clamp (age, silence, a lost sensor), ``stop`` is the mildest that is allowed.
+    """
+
+    limits: Reaction = "clamp"
+    workspace: Reaction = "clamp"
+    not_finite: Literal["hold", "stop", "latch"] = "stop"
+    command_age: Literal["stop", "latch"] = "stop"
+    heartbeat: Literal["stop", "latch"] = "stop"
+    sensor: Literal["stop", "latch"] = "stop"
+    clock: Literal["stop", "latch"] = "stop"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Safety:
+    """What the safety stage watches beside the actions' own limits; times in seconds.
+
+    ``command_age_s`` bounds how old a candidate's stamp may be when it arrives, ``heartbeat_s`` how long candidates
+    may be silent, ``sensors`` names the observations without which the robot must not move (None: all that have a
+    rate), ``clock_jump_s`` how far the clock, or a sensor's stamps against it, may jump.
+    """
+
+    command_age_s: float = 0.25
+    heartbeat_s: float = 0.25
+    clock_jump_s: float = 0.5
+    sensors: tuple[str, ...] | None = None
+    workspace: Workspace | None = None
+    reactions: Reactions = field(default_factory=Reactions)
+
+    def __post_init__(self) -> None:
+        for key in ("command_age_s", "heartbeat_s", "clock_jump_s"):
+            if not 0 < getattr(self, key) < float("inf"):
+                raise ConfigError(f"{key}: expected a positive time, found {getattr(self, key)}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RobotContract:
-    """What a robot offers and obeys. All times derived from it are integer nanoseconds."""
+    """What a robot offers and obeys. All times derived from it are integer nanoseconds.
+
+    A policy's action vector is that of all ``actions``, joined in their order. ``offline`` lets a tick see messages
+    that are stamped after it, for labels and offline studies; a live node refuses such a contract.
+    """
 
     name: str
     rate_hz: float
     observations: dict[str, Stream]
-    action: Action
+    actions: dict[str, Action]
+    safety: Safety = field(default_factory=Safety)
+    offline: bool = False
     description: str = field(default="")
 
     def __post_init__(self) -> None:
         if not 0 < self.rate_hz < float("inf"):
             raise ConfigError(f"rate_hz: expected a positive rate, found {self.rate_hz}")
+        if not self.actions:
+            raise ConfigError("actions: expected at least one")
+        names = self.action_names
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ConfigError(f"actions: {', '.join(twice)} named by two actions; a name is one entry of the vector")
+        topics = [action.topic for action in self.actions.values()]
+        if len(set(topics)) != len(topics):
+            raise ConfigError(f"actions: expected a topic each, found {', '.join(topics)}")
+        if len({action.step_s for action in self.actions.values()}) != 1:
+            raise ConfigError("actions: one chunk has one step; all actions need the same step_s")
+        self._check_safety()
+
+    def _check_safety(self) -> None:
+        for name in self.safety.sensors or ():
+            if name not in self.observations:
+                raise ConfigError(f"safety.sensors: no observation {name!r}; choices: {choices(self.observations)}")
+        workspace = self.safety.workspace
+        if workspace is None:
+            return
+        if workspace.stream not in self.observations:
+            raise ConfigError(
+                f"safety.workspace.stream: no observation {workspace.stream!r}; choices: {choices(self.observations)}"
+            )
+        seen = self.observations[workspace.stream].names
+        for axis in workspace.axes:
+            if axis.position not in seen:
+                raise ConfigError(f"safety.workspace.axes: no {axis.position!r} in {workspace.stream}; "
+                                  f"choices: {choices(seen)}")  # fmt: skip
+            if axis.action not in self.action_names:
+                raise ConfigError(f"safety.workspace.axes: no action {axis.action!r}; "
+                                  f"choices: {choices(self.action_names)}")  # fmt: skip
+
+    @property
+    def action_names(self) -> tuple[str, ...]:
+        """Names of the whole action vector."""
+        return tuple(name for action in self.actions.values() for name in action.names)
+
+    @property
+    def action_units(self) -> tuple[str, ...]:
+        """Units of the whole action vector."""
+        return tuple(unit for action in self.actions.values() for unit in action.units)
+
+    @property
+    def action_low(self) -> np.ndarray:
+        """Lower bounds (A,) float64 of the whole action vector."""
+        return np.array([bound for action in self.actions.values() for bound in action.low])
+
+    @property
+    def action_high(self) -> np.ndarray:
+        """Upper bounds (A,) float64 of the whole action vector."""
+        return np.array([bound for action in self.actions.values() for bound in action.high])
+
+    def safe_values(self, last: np.ndarray | None) -> np.ndarray | None:
+        """The declared safe action (A,): 0, or the value of ``last`` (A,) where the contract says hold.
+
+        None when something must be held and nothing was commanded yet: a made-up position is not safe.
+        """
+        held = np.array([safe == "hold" for action in self.actions.values() for safe in action.safe])
+        if last is None:
+            return None if held.any() else np.zeros(len(held))
+        return np.where(held, last, 0.0)
+
+    def split(self, values: np.ndarray) -> dict[str, np.ndarray]:
+        """The parts (..., A_i) of a vector (..., A), one per action."""
+        ends = np.cumsum([len(action.names) for action in self.actions.values()])[:-1]
+        return dict(zip(self.actions, np.split(values, ends, axis=-1), strict=True))
+
+    @property
+    def chunk_step_ns(self) -> int:
+        """Time between two rows of a chunk, nanoseconds."""
+        step_s = next(iter(self.actions.values())).step_s
+        return self.step_ns if step_s is None else round(NANOSECONDS * step_s)
 
     @property
     def step_ns(self) -> int:
@@ -121,24 +333,31 @@ class RobotContract:
         return self.observations[name]
 
     def check_same(self, other: RobotContract, here: str, there: str) -> None:
-        """Raise unless ``other`` differs in nothing but topics; ``here`` and ``there`` name the two sides."""
+        """Raise unless ``other`` differs in nothing but topics and what the safety stage enforces.
+
+        ``here`` and ``there`` name the two sides. Limits may be tightened without training anew: they do not change
+        what a number means.
+        """
         mine, theirs = _without_topics(self), _without_topics(other)
         difference = _first_difference(mine, theirs, "")
         if difference:
             path, a, b = difference
             raise ContractError(
                 f"the contracts disagree at {path}: {here} has {a!r}, {there} has {b!r}; "
-                "a robot's file may only change topics, so retrain or use the matching contract"
+                "a robot's file may only change topics, safety and limits, so retrain or use the matching contract"
             )
 
     def with_topics_of(self, other: RobotContract) -> RobotContract:
-        """This contract with the topics of ``other``, which must be the same otherwise."""
+        """This contract with the topics, safety and limits of ``other``, which must be the same otherwise."""
         observations = {
             name: dataclasses.replace(stream, topic=other.stream(name).topic)
             for name, stream in self.observations.items()
         }
-        action = dataclasses.replace(self.action, topic=other.action.topic)
-        return dataclasses.replace(self, observations=observations, action=action)
+        actions = {
+            name: dataclasses.replace(action, topic=other.actions[name].topic, limits=other.actions[name].limits)
+            for name, action in self.actions.items()
+        }
+        return dataclasses.replace(self, observations=observations, actions=actions, safety=other.safety)
 
     def to_yaml(self) -> str:
         """YAML text that :meth:`from_yaml` reads back equal."""
@@ -172,7 +391,10 @@ class RobotContract:
 def _without_topics(contract: RobotContract) -> dict[str, Any]:
     data: dict[str, Any] = to_dict(contract)
     data.pop("description")
-    data["action"].pop("topic")
+    data.pop("safety")
+    for action in data["actions"].values():
+        action.pop("topic")
+        action.pop("limits")
     for stream in data["observations"].values():
         stream.pop("topic")
     return data

@@ -57,7 +57,7 @@ def describe_dataset(path: Path) -> str:
     statistics = dataset.statistics()
     names = {
         "state": [n for stream in dataset.spec.state for n in dataset.contract.stream(stream).names],
-        "action": list(dataset.contract.action.names),
+        "action": list(dataset.contract.action_names),
     }
     for feature, entries in names.items():
         for i, name in enumerate(entries):
@@ -79,7 +79,7 @@ def describe_checkpoint(path: Path) -> str:
         f"checkpoint {path}: {config.model.type}, {parameters:,} parameters, weights {fingerprint(path)}",
         f"  contract: {contract.name}, {contract.rate_hz:g} Hz",
         f"  sees: {', '.join(config.observation.names)}",
-        f"  acts: {', '.join(f'{n} [{u}]' for n, u in zip(contract.action.names, contract.action.units, strict=True))}",
+        f"  acts: {', '.join(f'{n} [{u}]' for n, u in zip(contract.action_names, contract.action_units, strict=True))}",
         f"  chunk: {config.model.horizon} steps of {1000 / contract.rate_hz:g} ms, {config.execution.steps} executed",
         f"  head: {config.model.head.type}",
     ]

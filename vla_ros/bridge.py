@@ -8,7 +8,8 @@ from typing import Any
 
 from rclpy.node import Node
 from rclpy.publisher import Publisher
-from rclpy.qos import DurabilityPolicy, HistoryPolicy, QoSProfile, ReliabilityPolicy
+from rclpy.qos import DurabilityPolicy, HistoryPolicy, QoSPolicyKind, QoSProfile, ReliabilityPolicy
+from rclpy.qos_overriding_options import QoSOverridingOptions
 from rclpy.subscription import Subscription
 
 from vla_core.contract import RobotContract, Stream
@@ -17,6 +18,9 @@ from vla_core.errors import VlaError
 from vla_ros.msg import Episode
 
 CHUNK_TOPIC = "action_chunk"
+QOS_OVERRIDES = QoSOverridingOptions(
+    (QoSPolicyKind.HISTORY, QoSPolicyKind.DEPTH, QoSPolicyKind.RELIABILITY, QoSPolicyKind.DURABILITY)
+)
 COMMAND_QOS = QoSProfile(depth=100, reliability=ReliabilityPolicy.RELIABLE)
 EPISODE_QOS = QoSProfile(depth=10, reliability=ReliabilityPolicy.RELIABLE, durability=DurabilityPolicy.TRANSIENT_LOCAL)
 
@@ -43,10 +47,14 @@ def stream_qos(stream: Stream, depth: int = 10) -> QoSProfile:
 
 
 def subscribe_stream(node: Node, stream: Stream, callback: Callable[[bytes], None], depth: int = 10) -> Subscription:
-    """Subscribe to the serialized messages of a stream: callbacks store bytes, decoding comes later."""
+    """Subscribe to the serialized messages of a stream: callbacks store bytes, decoding comes later.
+
+    The contract's QoS can be overridden by ROS 2's parameters ``qos_overrides./<topic>.subscription.<policy>``.
+    """
     return node.create_subscription(
-        message_class(stream.type), stream.topic, callback, stream_qos(stream, depth), raw=True
-    )
+        message_class(stream.type), stream.topic, callback, stream_qos(stream, depth), raw=True,
+        qos_overriding_options=QOS_OVERRIDES,
+    )  # fmt: skip
 
 
 def subscribe_episodes(node: Node, callback: Callable[[Any], None]) -> Subscription:
@@ -62,6 +70,16 @@ def publish_streams(node: Node, contract: RobotContract, depth: int) -> dict[str
     }
 
 
-def command_publisher(node: Node, contract: RobotContract) -> Publisher:
-    """Publisher of the contract's command topic."""
-    return node.create_publisher(message_class(contract.action.type), contract.action.topic, COMMAND_QOS)
+def candidate_topic(topic: str) -> str:
+    """Where commands go that the safety node still has to pass."""
+    return f"/candidate{topic}" if topic.startswith("/") else f"candidate/{topic}"
+
+
+def command_publishers(node: Node, contract: RobotContract, candidates: bool = False) -> dict[str, Publisher]:
+    """A publisher per command topic of the contract; ``candidates`` send to :func:`candidate_topic`."""
+    return {
+        action.topic: node.create_publisher(
+            message_class(action.type), candidate_topic(action.topic) if candidates else action.topic, COMMAND_QOS
+        )
+        for action in contract.actions.values()
+    }

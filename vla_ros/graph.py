@@ -13,7 +13,9 @@ A graph is a YAML file:
           - ../robots/metaworld.yaml  # a ROS 2 parameter file, relative to the graph's own folder
           - {checkpoint: "${checkpoint}", seed: "${seed}"}           # or parameters themselves
         remappings: {image: camera/image}
+        remap: "${remap}"             # more of them as one text, "image:=camera/image state:=arm/state"
         environment: {MUJOCO_GL: osmesa}
+        when: "${safety}"             # default: true; false leaves the node out
         required: true                # default: the graph ends in failure when this node ends
         ends_graph: false             # true: the graph ends in success when this node exits with 0
 
@@ -61,7 +63,9 @@ class Node:
     namespace: str = ""
     parameters: tuple[str | dict[str, Any], ...] = ()
     remappings: dict[str, str] = field(default_factory=dict)
+    remap: str = ""
     environment: dict[str, Scalar] = field(default_factory=dict)
+    when: bool | str = True
     required: bool = True
     ends_graph: bool = False
 
@@ -116,7 +120,11 @@ def resolve(graph: Graph, given: Mapping[str, Scalar]) -> tuple[Node, ...]:
             that does not exist; a name that ROS 2 refuses; two nodes of one name.
     """
     values = _argument_values(graph.arguments, given)
-    nodes = tuple(_resolve_node(node, values) for node in graph.nodes)
+    nodes = tuple(
+        _resolve_node(node, values, f"nodes[{i}]")
+        for i, node in enumerate(graph.nodes)
+        if _wanted(node, values, f"nodes[{i}].when")
+    )
     names = [f"{node.namespace}/{node.name}" for node in nodes]
     for i, (node, name) in enumerate(zip(nodes, names, strict=True)):
         _check_names(node, f"nodes[{i}]")
@@ -178,15 +186,36 @@ def _typed(name: str, value: Scalar, default: Scalar | None) -> Scalar:
     return kind(read)
 
 
-def _resolve_node(node: Node, values: Mapping[str, Scalar]) -> Node:
+def _wanted(node: Node, values: Mapping[str, Scalar], path: str) -> bool:
+    wanted = _substitute(node.when, values)
+    if not isinstance(wanted, bool):
+        raise ConfigError(f"{path}: found {wanted!r}, expected true, false or an argument that is one of them")
+    return wanted
+
+
+def remap_rules(text: str, path: str) -> dict[str, str]:
+    """Topic to other topic, from rules as ROS 2 writes them: ``from:=to``, separated by spaces."""
+    rules = {}
+    for rule in text.split():
+        topic, arrow, other = rule.partition(":=")
+        if not (topic and arrow and other):
+            raise ConfigError(f"{path}: found {rule!r}, expected from:=to, several separated by spaces")
+        rules[topic] = other
+    return rules
+
+
+def _resolve_node(node: Node, values: Mapping[str, Scalar], path: str) -> Node:
     value = {name: _substitute(item, values) for name, item in _values(node).items()}
+    remappings = {topic: _text(other) for topic, other in value["remappings"].items()}
     return replace(
         node,
         name=_text(value["name"]),
         namespace=_text(value["namespace"]),
         parameters=tuple(e if isinstance(e, dict) else _text(e) for e in value["parameters"]),
-        remappings={topic: _text(other) for topic, other in value["remappings"].items()},
+        remappings=remappings | remap_rules(_text(value["remap"]), f"{path}.remap"),
+        remap="",
         environment={name: _text(text) for name, text in value["environment"].items()},
+        when=True,
     )
 
 
@@ -197,7 +226,9 @@ def _values(node: Node) -> dict[str, Any]:
         "namespace": node.namespace,
         "parameters": node.parameters,
         "remappings": node.remappings,
+        "remap": node.remap,
         "environment": node.environment,
+        "when": node.when,
     }
 
 

@@ -23,15 +23,15 @@ from rclpy.qos import QoSProfile, ReliabilityPolicy
 from rclpy.time import Time
 from rosgraph_msgs.msg import Clock
 
+from vla_core.commands import decode, encode
 from vla_core.contract import NANOSECONDS, RobotContract
 from vla_core.data.episodes import EPISODE_TOPIC
 from vla_core.errors import VlaError
 from vla_core.observation import messages
-from vla_core.observation.decode import decode_action
 from vla_core.observation.messages import Message, header_stamp_ns
 from vla_core.sim.metaworld import MetaWorld, instruction_for
 from vla_ros import process
-from vla_ros.bridge import COMMAND_QOS, EPISODE_QOS, command_publisher, message_class, publish_streams
+from vla_ros.bridge import COMMAND_QOS, EPISODE_QOS, command_publishers, message_class, publish_streams
 from vla_ros.msg import Episode
 from vla_ros.parameters import choice, declare, value
 
@@ -91,9 +91,12 @@ class MetaWorldNode(Node):
 
         self._publishers_by_topic = publish_streams(self, self.contract, QUEUE_DEPTH)
         self._clock_publisher = self.create_publisher(Clock, "/clock", 10) if self._lockstep else None
-        self._expert_publisher = command_publisher(self, self.contract) if self._expert_drives else None
+        (self._action,) = self.contract.actions.values()  # MetaWorld has checked that it is one
+        self._expert_publisher = (
+            command_publishers(self, self.contract)[self._action.topic] if self._expert_drives else None
+        )
         self._episode_publisher = self.create_publisher(Episode, EPISODE_TOPIC, EPISODE_QOS)
-        action = self.contract.action
+        action = self._action
         # Realtime obeys the newest command: a queue would hand a slow simulator ever older ones.
         qos = COMMAND_QOS if self._lockstep else NEWEST_QOS
         self.create_subscription(message_class(action.type), action.topic, self._on_command, qos, raw=True)
@@ -129,7 +132,7 @@ class MetaWorldNode(Node):
             stamp_ns = start_ns + steps * period_ns if self._lockstep else self._now_ns()
             self._publish_observation(stamp_ns, steps, index)
             if self._expert_publisher is not None:
-                data = messages.command(self.contract.action, stamp_ns, self.world.expert())
+                data = encode(self._action, stamp_ns, self.world.expert()[None, :], self.contract.step_ns)
                 self._expert_publisher.publish(data)
             if self._lockstep:
                 values = self._await_command(executor, stop, stamp_ns)
@@ -188,11 +191,11 @@ class MetaWorldNode(Node):
         self._episode_publisher.wait_for_all_acked(ACK_TIMEOUT)
 
     def _on_command(self, data: bytes) -> None:
-        action = self.contract.action
+        action = self._action
         stamp_ns = header_stamp_ns(action.type, data)
         assert stamp_ns is not None, "commands carry a header"
         try:
-            self._command = (stamp_ns, decode_action(action, data))
+            self._command = (stamp_ns, decode(action, data)[0])
         except VlaError as error:
             self.get_logger().error(f"command ignored: {error}", throttle_duration_sec=1.0)
 
@@ -204,7 +207,7 @@ class MetaWorldNode(Node):
             if stop():
                 return None
             if time.monotonic() > deadline:
-                topic = self.contract.action.topic
+                topic = self._action.topic
                 raise SimulatorError(
                     f"no command answered the observation of stamp {stamp_ns} ns within {limit_s:.0f} s on {topic!r}; "
                     f"it has {self.count_publishers(topic)} publishers, the last command was for "
@@ -223,18 +226,17 @@ class MetaWorldNode(Node):
                 break
         else:
             return None
-        action = self.contract.action
-        last = self._command[1] if self._command else np.zeros(len(action.names))
+        last = self._command[1] if self._command else np.zeros(len(self._action.names))
         age_ns = self._now_ns() - self._command[0] if self._command else None
         if age_ns is not None and age_ns <= STALE_STEPS * self.contract.step_ns:
             return last
-        return np.where([safe == "hold" for safe in action.safe], last, 0.0)
+        return self.contract.safe_values(last)
 
     def _wait_for_listeners(self, executor: Any, stop: process.Stop) -> None:
         """Until every node of ``wait_for`` listens and, without an expert, somebody commands."""
         wanted = {name for name in value(self, "wait_for") if name}
         deadline = time.monotonic() + value(self, "wait_timeout_s")
-        topic = self.contract.action.topic
+        topic = self._action.topic
         while not stop():
             # They subscribe to the episodes last, so whoever is there has its other subscriptions too.
             listening = {info.node_name for info in self.get_subscriptions_info_by_topic(EPISODE_TOPIC)}

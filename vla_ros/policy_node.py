@@ -1,10 +1,14 @@
 """The policy as a lifecycle node: observations in, commands and whole chunks out.
 
 configure loads the checkpoint, checks it against the robot's contract, warms the model up and subscribes; activate
-starts to act; deactivate sends the contract's safe action and stops. Subscriptions only store bytes.
+starts to act; deactivate sends the contract's safe action and stops. Subscriptions only store bytes. ``~/start``,
+``~/stop`` and ``~/reset`` do so by service, and the action ``~/run_instruction`` runs one instruction for a time.
 
 ``inference: asynchronous`` is for robots: the model runs in a worker, and commands leave on the control clock from the
 chunk executor. ``synchronous`` answers every observation with one command of the same stamp, for lockstep simulation.
+
+A plan ends at once, in the safe action, when a stream that it needs is lost or stale, when the instruction changes and
+when the clock jumps; the next observation begins a new one.
 """
 
 from __future__ import annotations
@@ -18,40 +22,48 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
 from rclpy.clock import Clock
 from rclpy.clock_type import ClockType
 from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
 from rclpy.time import Time
+from std_msgs.msg import String
+from std_srvs.srv import Trigger
 
 from vla_core.checkpoint import fingerprint
+from vla_core.commands import check_action, encode_frame
+from vla_core.config import override
 from vla_core.contract import NANOSECONDS, RobotContract
 from vla_core.errors import VlaError
-from vla_core.evaluation.metrics import percentile
 from vla_core.evaluation.parity import InputLog
 from vla_core.observation import messages
 from vla_core.observation.builder import Unobserved
+from vla_core.observation.decode import decode
 from vla_core.runtime.chunk_executor import ActionChunk
 from vla_core.runtime.core import LATENCIES, Command, PolicyCore
 from vla_core.runtime.policy import Policy
-from vla_ros import process
+from vla_ros import diagnostics, process
 from vla_ros.bridge import (
     CHUNK_TOPIC,
     COMMAND_QOS,
-    command_publisher,
+    command_publishers,
+    stream_qos,
     subscribe_episodes,
     subscribe_stream,
 )
+from vla_ros.instruction_server import InstructionServer
 from vla_ros.msg import ActionChunk as ActionChunkMessage
 from vla_ros.msg import Episode
 from vla_ros.parameters import choice, declare, value
+from vla_ros.policy_report import Counts, Faults, percentiles, sensor_values
 
-MAX_FAULTS = 4  # named in one diagnostic message
 SYNCHRONOUS_POLL_S = 0.02
+JUMP_NS = NANOSECONDS // 2  # a clock that differs by more from the steady one, between two ticks, has jumped
 
 
 class PolicyNode(LifecycleNode):
     """See the module; parameters are declared in ``__init__``."""
+
+    _goals: InstructionServer | None = None
 
     def __init__(self, **options: Any) -> None:
         super().__init__("policy", **options)
@@ -59,8 +71,14 @@ class PolicyNode(LifecycleNode):
         declare(self, "contract", "", "the robot's contract, a name in config/robots or a file; may differ from "
                                       "the checkpoint's in topics only; empty takes the checkpoint's")  # fmt: skip
         declare(self, "inference", "asynchronous", "asynchronous (robots) or synchronous (lockstep simulation)")
-        declare(self, "seed", 0, "seed of the policy's sampling noise")
-        declare(self, "autostart", True, "configure and activate at start")
+        declare(self, "seed", 0, "seed of the policy's sampling noise", low=0)
+        declare(self, "execution", [""], "key=value changes to how chunks are executed, such as strategy=rtc, steps=6; "
+                                         "[''] takes the checkpoint's")  # fmt: skip
+        declare(self, "safety", False, "a safety node stands between: send commands to candidate/<topic>")
+        declare(self, "autostart", True, "configure at start")
+        declare(self, "activate", True, "with autostart: act at once; false waits for ~/start or a goal")
+        declare(self, "goal_fault_s", 5.0, "end a run_instruction goal when it could command nothing for so long, s",
+                low=0.1, high=3600.0)  # fmt: skip
         declare(self, "log_dir", "", "folder for latencies and model inputs at the end; empty writes none")
         self.core: PolicyCore | None = None
         self._active = False
@@ -73,18 +91,41 @@ class PolicyNode(LifecycleNode):
         self._acted = False  # whether this episode has had a chunk
         self._last_values: np.ndarray | None = None
         self._answered_ns = -1
+        self._age_s = 0.0
+        self._planned_ns = -1  # observation stamp of the chunk that was last published as a trajectory
+        self._clocks: tuple[int, int] | None = None  # ROS and steady time of the last control tick
+        self._instruction: str | None = None
         self._latency_ms: deque[float] = deque(maxlen=LATENCIES)
-        self.fault = ""  # the last one
-        self._faults: list[str] = []  # the first ones since the last diagnostics
-        self._counts = {"commands": 0, "safe_commands": 0, "chunks": 0, "faults": 0}
+        self.faults = Faults()
+        self.counts = Counts()
         self._input_log: InputLog | None = None
+        # A stopped simulated clock must stop neither diagnostics nor services.
+        self.steady = Clock(clock_type=ClockType.STEADY_TIME)
+        for name, callback in (("start", self._on_start), ("stop", self._on_stop), ("reset", self._on_reset)):
+            self.create_service(Trigger, f"~/{name}", callback)
+        self._goals = InstructionServer(self)
 
     def autostart(self) -> bool:
-        """Configure and activate when the parameter asks for it; False when a transition failed (it was logged)."""
+        """Configure and activate as the parameters ask for it; False when a transition failed (it was logged)."""
         if not value(self, "autostart"):
             return True
-        transitions = (self.trigger_configure, self.trigger_activate)
+        transitions = (self.trigger_configure, self.trigger_activate)[: 2 if value(self, "activate") else 1]
         return all(trigger() == TransitionCallbackReturn.SUCCESS for trigger in transitions)
+
+    @property
+    def fault(self) -> str:
+        """The last fault."""
+        return self.faults.last
+
+    @property
+    def active(self) -> bool:
+        """Whether the node acts."""
+        return self._active
+
+    @property
+    def configured(self) -> bool:
+        """Whether a policy is loaded."""
+        return self.core is not None
 
     # Lifecycle. Exceptions in these callbacks would be swallowed by rclpy: each is caught, logged and remembered.
 
@@ -116,15 +157,60 @@ class PolicyNode(LifecycleNode):
         self._deactivate()
         self._cleanup()
 
+    def destroy_node(self) -> None:
+        """Also ends the action server, which rclpy does not."""
+        if self._goals is not None:  # else __init__ refused a parameter
+            self._goals.destroy()
+        super().destroy_node()
+
+    # Services.
+
+    def _on_start(self, request: Any, response: Any) -> Any:
+        return self._answer_service(response, self.start())
+
+    def _on_stop(self, request: Any, response: Any) -> Any:
+        return self._answer_service(response, self.pause())
+
+    def _on_reset(self, request: Any, response: Any) -> Any:
+        """Forget what was seen and planned, as at the start of an episode."""
+        if self.core is None:
+            return self._answer_service(response, "no policy is loaded; configure first")
+        newest_ns = self.core.buffer.newest_ns(self._pace)
+        self._begin_episode(self._now_ns() if newest_ns is None else newest_ns + 1)
+        return self._answer_service(response, "")
+
+    def _answer_service(self, response: Any, problem: str) -> Any:
+        response.success, response.message = not problem, problem or "done"
+        return response
+
+    def start(self) -> str:
+        """Act: configure and activate as far as needed; returns the problem, empty when there is none."""
+        if self._active:
+            return ""
+        for needed, trigger in ((not self.configured, self.trigger_configure), (True, self.trigger_activate)):
+            if needed and trigger() != TransitionCallbackReturn.SUCCESS:
+                return self.fault
+        return ""
+
+    def observation_age_s(self) -> float:
+        """Age of the observation behind the newest command."""
+        return self._age_s
+
+    def pause(self) -> str:
+        """Send the safe action and stop acting; returns the problem, empty when there is none."""
+        if self._active and self.trigger_deactivate() != TransitionCallbackReturn.SUCCESS:
+            return self.fault
+        return ""
+
     def _guarded(self, action: Any) -> TransitionCallbackReturn:
         try:
             action()
         except VlaError as error:
-            self.fault = str(error)
+            self.faults.note(str(error))
             self.get_logger().error(self.fault)
             return TransitionCallbackReturn.FAILURE
         except Exception:
-            self.fault = traceback.format_exc()
+            self.faults.note(traceback.format_exc())
             self.get_logger().error(self.fault)
             return TransitionCallbackReturn.ERROR
         return TransitionCallbackReturn.SUCCESS
@@ -139,10 +225,15 @@ class PolicyNode(LifecycleNode):
             robot = RobotContract.load(value(self, "contract"))
             policy.contract.check_same(robot, f"checkpoint {folder}", value(self, "contract"))
             policy.contract = policy.contract.with_topics_of(robot)
-        core = PolicyCore(policy)
+        if policy.contract.offline:
+            raise VlaError(f"checkpoint {folder}: its contract is offline, it sees the future; no robot has that")
+        changes = [change for entry in value(self, "execution") for change in entry.split()]
+        core = PolicyCore(policy, policy.checkpoint.config.execution.changed(override({}, changes)))
+        for action in core.contract.actions.values():
+            check_action(action)
         core.warm_up()
-        core.inference_ms.clear()
         self.core = core
+        self._bounds = (core.contract.action_low, core.contract.action_high)
         self._fingerprint = fingerprint(folder)
         self._last_tick_ns, self._answered_ns, self._last_values = -1, -1, None  # nothing of an earlier policy
         rates = {name: s.rate_hz for name, s in core.builder.streams.items() if s.rate_hz}
@@ -153,15 +244,19 @@ class PolicyNode(LifecycleNode):
         if value(self, "log_dir"):
             Path(value(self, "log_dir")).mkdir(parents=True, exist_ok=True)  # fails here, not after the run
             self._input_log = InputLog()
-        self._command_publisher = command_publisher(self, core.contract)
+        self._command_publishers = command_publishers(self, core.contract, candidates=value(self, "safety"))
         self._chunk_publisher = self.create_publisher(ActionChunkMessage, CHUNK_TOPIC, COMMAND_QOS)
-        self._diagnostics = self.create_publisher(DiagnosticArray, "/diagnostics", 10)
-        self._publishers_held = [self._command_publisher, self._chunk_publisher, self._diagnostics]
-        steady = Clock(clock_type=ClockType.STEADY_TIME)  # a stopped simulated clock must not stop the diagnostics
-        self._timers_held = [self.create_timer(1.0, self._publish_diagnostics, clock=steady)]
+        self._diagnostics = diagnostics.publisher(self)
+        self._publishers_held = [*self._command_publishers.values(), self._chunk_publisher, self._diagnostics]
+        self._instruction_publisher = None
+        if core.policy.spec.instruction:
+            stream = core.builder.streams[core.policy.spec.instruction]
+            self._instruction_publisher = self.create_publisher(String, stream.topic, stream_qos(stream))
+            self._publishers_held.append(self._instruction_publisher)
+        self._timers_held = [self.create_timer(diagnostics.PERIOD_S, self._publish_diagnostics, clock=self.steady)]
         if self._synchronous:
             # Messages drive the ticks; the timer only covers the wait for the first listener.
-            self._timers_held.append(self.create_timer(SYNCHRONOUS_POLL_S, self._answer, clock=steady))
+            self._timers_held.append(self.create_timer(SYNCHRONOUS_POLL_S, self._answer, clock=self.steady))
         self._subscriptions_held = [
             *(subscribe_stream(self, stream, self._storing(name)) for name, stream in core.builder.streams.items()),
             subscribe_episodes(self, self._on_episode),
@@ -170,9 +265,10 @@ class PolicyNode(LifecycleNode):
 
     def _activate(self) -> None:
         assert self.core is not None
-        self._active = True
+        self._active, self._clocks = True, None
         if not self._synchronous:
-            self._control_timer = self.create_timer(self.core.contract.step_ns / NANOSECONDS, self._control)
+            self._period_ns = self.core.contract.step_ns
+            self._control_timer = self.create_timer(self._period_ns / NANOSECONDS, self._control)
             self._worker = threading.Thread(target=self._work, name="inference", daemon=True)
             self._worker.start()
 
@@ -210,6 +306,8 @@ class PolicyNode(LifecycleNode):
             if core is None:
                 return
             try:
+                if name == core.policy.spec.instruction:
+                    self._change_instruction(data)
                 core.add(name, data, self._now_ns())
             except VlaError as error:
                 self._report_fault(str(error))
@@ -221,20 +319,51 @@ class PolicyNode(LifecycleNode):
 
         return store
 
+    def _change_instruction(self, data: bytes) -> None:
+        """What was planned for another instruction must not be executed any more, nor what is being computed."""
+        core = self.core
+        assert core is not None and core.policy.spec.instruction is not None
+        text = str(decode(core.builder.streams[core.policy.spec.instruction], data))
+        before, self._instruction = self._instruction, text
+        if before is None or before == text:
+            return
+        newest_ns = core.buffer.newest_ns(self._pace)
+        if newest_ns is not None and self._acted:
+            core.executor.start_episode(newest_ns + 1)
+            self.counts.instruction_changes += 1
+
+    def instruct(self, text: str) -> None:
+        """Tell everybody the instruction, this node among them; raises :class:`VlaError` when the policy has none."""
+        if self._instruction_publisher is None or self.core is None:
+            raise VlaError("this policy takes no instruction; leave the goal's instruction empty")
+        name = self.core.policy.spec.instruction
+        assert name is not None, "there is a publisher for it"
+        data = messages.text(text)
+        self._instruction_publisher.publish(data)
+        self._change_instruction(data)
+        self.core.add(name, data, self._now_ns())
+
     def _on_episode(self, message: Episode) -> None:
-        if message.state == Episode.START and self.core is not None:
-            start_ns = Time.from_msg(message.header.stamp).nanoseconds
-            self.core.start_episode(start_ns)
-            if self._last_tick_ns != start_ns:  # else the first observation overtook this mark and is answered
-                self._last_tick_ns = -1
-                self._acted = False
+        if message.state == Episode.START:
+            self._begin_episode(Time.from_msg(message.header.stamp).nanoseconds)
+        else:
+            assert self._goals is not None, "made before any subscription"
+            self._goals.episode_ended(message.state == Episode.SUCCEEDED)
+
+    def _begin_episode(self, start_ns: int) -> None:
+        if self.core is None:
+            return
+        self.core.start_episode(start_ns)
+        if self._last_tick_ns != start_ns:  # else the first observation overtook this mark and is answered
+            self._last_tick_ns = -1
+            self._acted = False
 
     # Commands out, synchronous.
 
     def _answer(self) -> None:
         """Answer the newest observation once all of it is there."""
         core = self.core
-        if core is None or not self._active or not self._command_publisher.get_subscription_count():
+        if core is None or not self._active or not self._is_listened_to():
             return
         tick_ns = core.buffer.newest_ns(self._pace)
         if tick_ns is None or tick_ns == self._last_tick_ns or core.builder.due(core.buffer, tick_ns):
@@ -246,6 +375,7 @@ class PolicyNode(LifecycleNode):
             self._report_fault(str(error))
             self._publish_safe(tick_ns, str(error))
             return
+        self._acted = True
         command = core.command(tick_ns)
         assert command is not None, "a chunk of this tick covers it"
         self._publish_command(command)
@@ -267,7 +397,7 @@ class PolicyNode(LifecycleNode):
                 continue
             self._last_tick_ns = tick_ns
             try:
-                chunk = core.infer(tick_ns)
+                chunk = core.infer(tick_ns, self._now_ns)
                 self._acted = True
                 self._publish_chunk(chunk)
             except Unobserved as unobserved:
@@ -277,98 +407,134 @@ class PolicyNode(LifecycleNode):
                 self._report_fault(f"inference failed: {error}")
 
     def _control(self) -> None:
-        """The control clock: the action for now, or the safe one when no chunk covers now."""
-        assert self.core is not None
+        """The control clock: the action for now, or the safe one when no chunk covers now or nothing may be trusted."""
+        core = self.core
+        assert core is not None
         now_ns = self._now_ns()
-        command = self.core.command(now_ns)
+        if self._clock_jumped(now_ns):
+            core.buffer.clear()
+            core.executor.start_episode(now_ns)
+            self._report_fault("the clock jumped: what was seen and planned before is forgotten")
+        command = core.command(now_ns)
+        absent = core.builder.absent(core.buffer, now_ns) if command is not None else []
+        if absent:
+            core.executor.clear()
+            self._report_fault("; ".join(absent))
+            command = None
         if command is not None:
             self._publish_command(command)
         elif self._last_values is not None:
             self._publish_safe(now_ns, "no chunk covers this instant")
 
+    def _clock_jumped(self, now_ns: int) -> bool:
+        """Whether the ROS clock went back, or differs from the steady one, since the last control tick."""
+        steady_ns = int(self.steady.now().nanoseconds)
+        before, self._clocks = self._clocks, (now_ns, steady_ns)
+        if before is None:
+            return False
+        passed_ns, steady_passed_ns = now_ns - before[0], steady_ns - before[1]
+        if steady_passed_ns > 1.5 * self._period_ns:
+            self.counts.late_ticks += 1
+        if passed_ns < 0:
+            return True
+        # Simulated time may run at any speed, but never skips many control periods at once.
+        own = bool(value(self, "use_sim_time"))
+        return passed_ns > 2 * JUMP_NS if own else abs(passed_ns - steady_passed_ns) > JUMP_NS
+
     def _publish_command(self, command: Command) -> None:
         assert self.core is not None
+        chunk = command.chunk
         try:
-            data = messages.command(self.core.contract.action, command.stamp_ns, command.values)
+            plan = (chunk.observation_stamp_ns, np.clip(chunk.actions, *self._bounds))
+            frame = encode_frame(self.core.contract, command.stamp_ns, command.values, plan)
         except VlaError as error:
             self._report_fault(str(error))
             self._publish_safe(command.stamp_ns, str(error))
             return
-        self._command_publisher.publish(data)
+        observed_ns = chunk.observation_stamp_ns
+        if observed_ns == self._planned_ns:  # trajectories go out once a chunk
+            for action in self.core.contract.actions.values():
+                if action.publish == "chunk":
+                    frame.pop(action.topic)
+        self._planned_ns = observed_ns
+        self._send(frame)
         self._last_values = command.values
-        self._counts["commands"] += 1
-        observed_ns = command.chunk.observation_stamp_ns
+        self._age_s = (command.stamp_ns - observed_ns) / NANOSECONDS
+        self.counts.commands += 1
         if observed_ns != self._answered_ns and not self._synchronous:
             self._answered_ns = observed_ns
             self._latency_ms.append((self._now_ns() - observed_ns) / 1e6)
 
+    def _send(self, frame: dict[str, bytes]) -> None:
+        for topic, data in frame.items():
+            self._command_publishers[topic].publish(data)
+
+    def _is_listened_to(self) -> bool:
+        return all(publisher.get_subscription_count() for publisher in self._command_publishers.values())
+
     def _publish_safe(self, stamp_ns: int, reason: str) -> None:
         """The contract's safe action: zero, or the last value, per entry."""
         assert self.core is not None
-        action = self.core.contract.action
-        last = self._last_values if self._last_values is not None else np.zeros(len(action.names))
-        held = np.array([safe == "hold" for safe in action.safe])
-        self._command_publisher.publish(messages.command(action, stamp_ns, np.where(held, last, 0.0)))
-        self._counts["safe_commands"] += 1
-        self._note_fault(reason)
+        values = self.core.contract.safe_values(self._last_values)
+        if values is not None:
+            self._send(encode_frame(self.core.contract, stamp_ns, values))
+        self._planned_ns = -1
+        self.counts.safe_commands += 1
+        self.faults.note(reason)
 
     def _publish_chunk(self, chunk: ActionChunk) -> None:
         core = self.core
         if core is None:
             return
-        action = core.contract.action
+        contract = core.contract
         message = ActionChunkMessage()
         message.header.stamp = self.get_clock().now().to_msg()
-        message.header.frame_id = action.frame_id
+        message.header.frame_id = next(iter(contract.actions.values())).frame_id
         message.observation_stamp = Time(nanoseconds=chunk.observation_stamp_ns).to_msg()
         message.step.sec, message.step.nanosec = divmod(chunk.step_ns, NANOSECONDS)
         message.valid_until = Time(nanoseconds=chunk.valid_until_ns).to_msg()
-        message.names, message.units = list(action.names), list(action.units)
+        message.names, message.units = list(contract.action_names), list(contract.action_units)
         message.horizon = len(chunk.actions)
         message.actions = chunk.actions.reshape(-1).tolist()
         self._chunk_publisher.publish(message)
-        self._counts["chunks"] += 1
+        self.counts.chunks += 1
         if self._input_log is not None and core.last_observation is not None:
             self._input_log.add(core.last_observation, chunk)
 
     # What people see of it.
 
-    def _note_fault(self, text: str) -> None:
-        """Keep a fault for the diagnostics: the first ones name the cause, what follows are consequences."""
-        self.fault = text
-        if len(self._faults) < MAX_FAULTS and text not in self._faults:
-            self._faults.append(text)
-
     def _report_fault(self, text: str) -> None:
-        self._note_fault(text)
-        self._counts["faults"] += 1
+        self.faults.note(text)
+        self.counts.faults += 1
         self.get_logger().warning(text, throttle_duration_sec=1.0)
 
     def _publish_diagnostics(self) -> None:
-        if self.core is None:
+        core = self.core
+        if core is None:
             return
-        values: dict[str, Any] = {"checkpoint": self._fingerprint, "active": self._active, **self._counts}
-        recent = self.core.inference_ms.copy()  # in one step: the worker appends
-        for name, samples in (("inference_ms", list(recent)), ("observation_to_command_ms", list(self._latency_ms))):
-            values |= {f"{name}_p50": percentile(samples, 50), f"{name}_p99": percentile(samples, 99)}
-        faults, self._faults = self._faults, []
-        fault = "; ".join(filter(None, [*faults, *self._absent(self.core), self._type_conflict(self.core)]))
-        status = DiagnosticStatus(
-            name=f"{self.get_fully_qualified_name()}: policy", hardware_id=self.core.contract.name,
-            level=DiagnosticStatus.WARN if fault else DiagnosticStatus.OK, message=fault or "ok",
-            values=[KeyValue(key=key, value=str(value)) for key, value in values.items()],
-        )  # fmt: skip
-        message = DiagnosticArray(status=[status])
-        message.header.stamp = self.get_clock().now().to_msg()
-        self._diagnostics.publish(message)
+        causes = [*self.faults.take(), *self._absent(core), self._type_conflict(core)]
+        values = {
+            "checkpoint": self._fingerprint, "active": self._active, "strategy": core.executor.execution.strategy,
+            **self.counts.as_dict(), **percentiles("inference_ms", core.inference_ms),
+            **percentiles("observation_to_command_ms", self._latency_ms), **core.metrics.summary(),
+        }  # fmt: skip
+        now_ns = self._time_of_sight(core)
+        hardware = core.contract.name
+        diagnostics.publish(self, self._diagnostics, [
+            diagnostics.status(self, "policy", hardware, "; ".join(filter(None, causes)), values),
+            *(diagnostics.status(self, f"sensor {name}", hardware, fault, seen)
+              for name, (fault, seen) in sensor_values(core, now_ns).items()),
+        ])  # fmt: skip
+
+    def _time_of_sight(self, core: PolicyCore) -> int:
+        """The instant that sensors are judged at; in lockstep time stands still between the ticks."""
+        return (core.buffer.newest_ns(self._pace) or 0) if self._synchronous else self._now_ns()
 
     def _absent(self, core: PolicyCore) -> list[str]:
         """What an active policy waits for, also before anything came and after all of it fell silent."""
         if not self._active:
             return []
-        # In lockstep time stands still between the ticks, and only what never came is absent.
-        at_ns = (core.buffer.newest_ns(self._pace) or 0) if self._synchronous else self._now_ns()
-        return core.builder.absent(core.buffer, at_ns)
+        return core.builder.absent(core.buffer, self._time_of_sight(core))
 
     def _type_conflict(self, core: PolicyCore) -> str:
         """Name a topic that somebody publishes with another type: the middleware would only stay silent about it."""
@@ -388,7 +554,8 @@ class PolicyNode(LifecycleNode):
         record = {
             "inference_ms": list(core.inference_ms),
             "observation_to_command_ms": list(self._latency_ms),
-            "counts": self._counts,
+            "execution": core.metrics.summary(),
+            "counts": self.counts.as_dict(),
         }
         (folder / "latency.json").write_text(json.dumps(record), encoding="utf-8")
         self._input_log.save(folder / "inputs.safetensors", core.policy)

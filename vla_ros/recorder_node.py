@@ -1,41 +1,73 @@
 """The recorder: one rosbag2 bag an episode, serialized bytes as they came, with the contract and the instruction.
 
 Episodes are marked by ``vla_ros/msg/Episode`` on ``episode``, or by the services ``~/start``, ``~/stop`` and
-``~/discard``. Whatever carries a stamp belongs to the episode that the
-stamp lies in, however late it arrives; a latched value is written at the start of every bag. A bag gets its
-``metadata.yaml`` when it is closed: a folder without one was cut short.
+``~/discard``. Whatever carries a stamp belongs to the episode that the stamp lies in, however late it arrives; a
+latched value is written at the start of every bag. A bag gets its ``metadata.yaml`` when it is closed: a folder
+without one was cut short.
+
+Callbacks only queue bytes; a thread writes them. ``max_memory_mb`` bounds what waits: half of it in this node, half in
+the middleware's queues, whose depths follow from it. What was lost all the same, here or on the way, is counted by
+topic, on ``/diagnostics`` and in the bag (``dropped_messages`` of ``custom_data``). Below ``min_free_mb`` of free disk
+the episode ends as aborted, its bag whole, and no other begins.
 """
 
 from __future__ import annotations
 
 import shutil
 import sys
-from collections import deque
+import time
+from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import Future, TimeoutError
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
+from rclpy.clock import Clock
+from rclpy.clock_type import ClockType
 from rclpy.node import Node
 from rclpy.qos import QoSProfile, ReliabilityPolicy
 from rclpy.serialization import deserialize_message, serialize_message
-from rclpy.subscription import Subscription
+from rclpy.subscription import MessageInfo, Subscription
 from rclpy.time import Time
 from std_msgs.msg import String
 from std_srvs.srv import Trigger
 
-from vla_core.contract import RobotContract
-from vla_core.data.bag import CONTRACT_KEY, BagWriter
+from vla_core.contract import NANOSECONDS, RobotContract, Stream
+from vla_core.data.bag import CONTRACT_KEY
 from vla_core.data.episodes import EPISODE_STATES, EPISODE_TOPIC, EPISODE_TYPE
+from vla_core.data.recording import Arrival, ByteBudget, EarlyArrivals, LossCounter, Recording, RecordingThread
 from vla_core.errors import VlaError
 from vla_core.observation.messages import header_stamp_ns
 from vla_ros import process
 from vla_ros.bridge import CHUNK_TOPIC, EPISODE_QOS, message_class, stream_qos
-from vla_ros.msg import ActionChunk, Episode
+from vla_ros.msg import Episode
 from vla_ros.parameters import declare, value
+from vla_ros.queues import MEGABYTE, queue_depths
 
-QUEUE_DEPTH = 1000
-RECORDED_QOS = QoSProfile(depth=QUEUE_DEPTH, reliability=ReliabilityPolicy.RELIABLE)
 CHUNK_TYPE = "vla_ros/msg/ActionChunk"
+EARLY_NS = 5 * NANOSECONDS  # how late the mark of an episode may come after its first message
+CLOSE_WAIT_S = 5.0  # how long a service waits for the disk before it answers
+OTHER_CLOCK_NS = 10 * NANOSECONDS  # stamps further than this from the node's clock are of another clock
+CHECK_PERIOD_S = 1.0
+
+
+@dataclass(frozen=True)
+class Feed:
+    """A topic to record."""
+
+    topic: str
+    type: str
+    latched: bool
+    stream: Stream | None = None
+
+    def qos(self, depth: int) -> QoSProfile:
+        """The contract's for an observation; commands and chunks are reliable."""
+        if self.stream is not None:
+            return stream_qos(self.stream, depth)
+        return QoSProfile(depth=depth, reliability=ReliabilityPolicy.RELIABLE)
 
 
 class RecorderNode(Node):
@@ -46,15 +78,22 @@ class RecorderNode(Node):
         declare(self, "contract", "", "the robot's contract: a name in config/robots, or a file")
         declare(self, "output", "", "folder for the bags, one folder an episode; must not hold bags yet")
         declare(self, "streams", [""], "observations of the contract to record; [''] records all")
+        declare(self, "min_free_mb", 500, "free disk, MB, below which nothing is recorded", low=0, high=10**9)
+        declare(self, "max_memory_mb", 512, "what may wait to be written, MB: here and in the middleware", low=1,
+                high=10**6)  # fmt: skip
         self.bags: list[Path] = []
-        self._writer: BagWriter | None = None
+        self._recording: Recording | None = None
         self._start_ns = 0
-        self._latched: dict[str, bytes] = {}
-        # Received outside an episode, or stamped after its end: may be the start of the next one, whose mark is on
-        # its way. Topics overtake one another.
-        self._early: deque[tuple[str, int, int, bytes]] = deque(maxlen=QUEUE_DEPTH)
         self._end_ns: int | None = None
-        self._in_hand: tuple[str, bytes] | None = None
+        self._next_index = 0
+        self._latched: dict[str, bytes] = {}
+        self._in_hand: tuple[str, bytes, MessageInfo] | None = None
+        self._refused = ""  # why no episode can begin, or why the last one could not
+        self._clock_gap_ns = 0  # between the newest stamp and the node's clock
+        self._dropped: Counter[str] = Counter()
+        self._losses = LossCounter()
+        self._bytes = self._messages = 0
+        self._reported = (0, 0, 0)  # bytes, drops and time, steady ns, of the last diagnostics
         path = value(self, "contract")
         if not path:
             raise VlaError("parameter contract is empty; name the robot's contract: one in config/robots, or a file")
@@ -62,161 +101,251 @@ class RecorderNode(Node):
         self._output = Path(value(self, "output") or "bags")
         if self._output.exists() and any(self._output.iterdir()):
             raise VlaError(f"{self._output} is not empty; recordings never overwrite, choose another output")
+        feeds = self._chosen_feeds()
+        share = value(self, "max_memory_mb") * MEGABYTE // 2
+        depths = queue_depths([feed.type for feed in feeds], share)
         self._output.mkdir(parents=True, exist_ok=True)
-        self._topics: dict[str, tuple[str, bool]] = {}
+        budget = ByteBudget(share)
+        # Received outside an episode, or stamped after its end: may be the start of the next one, whose mark is on
+        # its way. Topics overtake one another.
+        self._early = EarlyArrivals(budget, EARLY_NS)
+        self._thread = RecordingThread(budget)
+        self._topics = {feed.topic: (feed.type, feed.latched) for feed in feeds}
+        self._topics[EPISODE_TOPIC] = (EPISODE_TYPE, True)
         self._feeds: dict[str, Subscription] = {}
         self._latched_feeds: dict[str, Subscription] = {}
-        self._subscribe()
+        for feed, depth in zip(feeds, depths, strict=True):
+            self._subscribe(feed, depth)
+        for name, callback in (("start", self._on_start), ("stop", self._on_stop), ("discard", self._on_discard)):
+            self.create_service(Trigger, f"~/{name}", callback)
+        self._diagnostics = self.create_publisher(DiagnosticArray, "/diagnostics", 10)
+        steady = Clock(clock_type=ClockType.STEADY_TIME)  # a stopped simulated clock must not stop the checks
+        self.create_timer(CHECK_PERIOD_S, self._check, clock=steady)
+        # Last: its presence on the graph tells others that the recorder is ready.
+        self._marks = self.create_subscription(Episode, EPISODE_TOPIC, self._on_mark, EPISODE_QOS, raw=True)
 
     def stop(self) -> None:
         """Close the open bag: an episode that was interrupted is aborted, and its bag says so."""
-        if self._writer is None:
-            return
-        try:
+        if self._recording is not None and not self._recording.closed.done():
             self._drain()
             self._close("aborted")
-        except VlaError as error:  # a full disk: what was flushed stays, and the bag does not look whole
+        self._thread.finish()
+        try:
+            self._thread.check()
+        except (VlaError, OSError) as error:  # a full disk: what was flushed stays, and the bag does not look whole
             self.get_logger().error(str(error))
-            self._writer.abort()
-            self._writer = None
 
     def _on_start(self, request: Any, response: Any) -> Any:
         """Service: begin an episode now, for robots on which nobody publishes marks."""
-        if self._writer is not None:
-            return _answer(response, False, f"{self._writer.path} is being recorded; call stop or discard first")
+        if self._recording is not None:
+            return _answer(response, False, f"{self._recording.path} is being recorded; call stop or discard first")
         self._on_mark(self._mark(Episode.START))
-        return _answer(response, True, str(self._output / f"episode_{len(self.bags):06d}"))
+        # The mark above cannot have changed what mypy still takes for None.
+        begun: Recording | None = self._recording
+        return _answer(response, begun is not None, str(begun.path) if begun else self._refused)
 
     def _on_stop(self, request: Any, response: Any) -> Any:
         """Service: end the episode and keep it as a success."""
-        if self._writer is None:
+        if self._recording is None:
             return _answer(response, False, "nothing is being recorded; call start first")
-        path = self._writer.path
+        recording = self._recording
         self._on_mark(self._mark(Episode.SUCCEEDED))
-        return _answer(response, True, str(path))
+        return _when_closed(response, recording, str(recording.path))
 
     def _on_discard(self, request: Any, response: Any) -> Any:
         """Service: end the episode and delete its bag."""
-        if self._writer is None:
+        if self._recording is None:
             return _answer(response, False, "nothing is being recorded; call start first")
-        path = self._writer.path
-        self._writer.abort()
-        self._writer = None
-        shutil.rmtree(path)
-        return _answer(response, True, f"{path} was deleted")
+        recording, self._recording = self._recording, None
+        recording.discard()
+        answer = _when_closed(response, recording, f"{recording.path} was deleted")
+        if not recording.path.exists():
+            self._next_index -= 1
+        return answer
 
     def _mark(self, state: int) -> bytes:
         """A mark of this node's own, with the instruction that was heard last."""
-        mark = Episode(state=state, index=len(self.bags), seed=-1)
+        mark = Episode(state=state, index=self._next_index, seed=-1)
         mark.header.stamp = self.get_clock().now().to_msg()
         for topic, latest in self._latched.items():
             if self._topics[topic][0] == "std_msgs/msg/String":
                 mark.instruction = deserialize_message(latest, String).data
         return bytes(serialize_message(mark))
 
-    def _subscribe(self) -> None:
+    def _chosen_feeds(self) -> list[Feed]:
+        """The chosen observations, all commands, and the policy's chunks; a topic of several streams once."""
         chosen = [name for name in value(self, "streams") if name]
-        for name in chosen or self.contract.observations:
-            stream = self.contract.stream(name)
-            if stream.topic in self._topics:  # two streams of one topic
-                continue
-            qos = stream_qos(stream, QUEUE_DEPTH)
-            self._add_feed(stream.topic, stream.type, message_class(stream.type), qos, stream.latched)
-        action = self.contract.action
-        self._add_feed(action.topic, action.type, message_class(action.type), RECORDED_QOS, False)
-        self._add_feed(CHUNK_TOPIC, CHUNK_TYPE, ActionChunk, RECORDED_QOS, False)
-        self._topics[EPISODE_TOPIC] = (EPISODE_TYPE, True)
-        for name, callback in (("start", self._on_start), ("stop", self._on_stop), ("discard", self._on_discard)):
-            self.create_service(Trigger, f"~/{name}", callback)
-        # Last: its presence on the graph tells others that the recorder is ready.
-        self._marks = self.create_subscription(Episode, EPISODE_TOPIC, self._on_mark, EPISODE_QOS, raw=True)
+        streams = [self.contract.stream(name) for name in chosen or self.contract.observations]
+        feeds = [Feed(stream.topic, stream.type, stream.latched, stream) for stream in streams]
+        feeds += [Feed(action.topic, action.type, False) for action in self.contract.actions.values()]
+        feeds.append(Feed(CHUNK_TOPIC, CHUNK_TYPE, False))
+        return list({feed.topic: feed for feed in reversed(feeds)}.values())[::-1]
 
-    def _add_feed(self, topic: str, type_name: str, cls: Any, qos: Any, latched: bool) -> None:
-        self._topics[topic] = (type_name, latched)
-
-        def store(data: bytes) -> None:
+    def _subscribe(self, feed: Feed, depth: int) -> None:
+        def store(data: bytes, info: MessageInfo) -> None:
             # Marks that were sent before this message are there by now, but in a queue of their own.
-            self._in_hand = (topic, data)
-            for mark in _waiting(self._marks):
+            self._in_hand = (feed.topic, data, info)
+            for mark, _ in _waiting(self._marks):
                 self._on_mark(mark)
             self._store_in_hand()
 
-        feed = self.create_subscription(cls, topic, store, qos, raw=True)
-        (self._latched_feeds if latched else self._feeds)[topic] = feed
+        subscription = self.create_subscription(
+            message_class(feed.type), feed.topic, store, feed.qos(depth), raw=True
+        )  # fmt: skip
+        (self._latched_feeds if feed.latched else self._feeds)[feed.topic] = subscription
 
-    def _store(self, topic: str, data: bytes) -> bool:
-        """Write a message to the bag of its episode; False when it is from after the open one's end."""
+    def _store(self, topic: str, data: bytes, info: MessageInfo) -> bool:
+        """Queue a message for the bag of its episode; False when it is from after the open one's end."""
         type_name, latched = self._topics[topic]
         receive_ns = self._now_ns()
+        publisher = info["publisher_gid"] or {}
+        lost = self._losses.lost_before(topic, publisher.get("data", b""), info["publication_sequence_number"])
+        self._dropped[topic] += lost
         if latched:
             self._latched[topic] = data
-            if self._writer is not None:
-                self._writer.write(topic, max(receive_ns, self._start_ns), data)
+            if self._recording is not None:
+                self._write(Arrival(topic, receive_ns, receive_ns, data, lost), always=True)
             return True
         stamp = header_stamp_ns(type_name, data)
-        stamp_ns = receive_ns if stamp is None else stamp
-        ended = self._end_ns is not None and stamp_ns > self._end_ns
-        if self._writer is None or ended:
-            self._early.append((topic, stamp_ns, receive_ns, data))
-        elif stamp_ns >= self._start_ns:
-            self._writer.write(topic, max(receive_ns, stamp_ns), data)
+        if stamp is not None:
+            self._clock_gap_ns = abs(stamp - receive_ns)
+        arrival = Arrival(topic, receive_ns if stamp is None else stamp, receive_ns, data, lost)
+        ended = self._end_ns is not None and arrival.stamp_ns > self._end_ns
+        if self._recording is None or ended:
+            self._early.add(arrival, time.monotonic_ns())
+        elif arrival.stamp_ns >= self._start_ns:
+            self._write(arrival)
         return not ended
+
+    def _write(self, arrival: Arrival, always: bool = False) -> None:
+        assert self._recording is not None
+        self._thread.check()
+        self._recording.dropped[arrival.topic] += arrival.lost
+        receive_ns = max(arrival.receive_ns, arrival.stamp_ns, self._start_ns)
+        if self._recording.write(arrival.topic, receive_ns, arrival.data, always=always):
+            self._bytes += len(arrival.data)
+            self._messages += 1
+        else:
+            self._dropped[arrival.topic] += 1
 
     def _store_in_hand(self) -> None:
         """Store the message whose callback runs: it is older than what waits in its queue."""
         if self._in_hand is not None:
-            (topic, data), self._in_hand = self._in_hand, None
-            self._store(topic, data)
+            (topic, data, info), self._in_hand = self._in_hand, None
+            self._store(topic, data, info)
 
     def _on_mark(self, data: bytes) -> None:
         mark = deserialize_message(data, Episode)
         stamp_ns = Time.from_msg(mark.header.stamp).nanoseconds
         if mark.state == Episode.START:
-            if self._writer is not None:
+            if self._recording is not None:
                 self.get_logger().warning("a new episode began before the last one ended; the last one is aborted")
                 self._close("aborted")
+            self._refused = self._refusal(abs(stamp_ns - self._now_ns()))
+            if self._refused:
+                self.get_logger().error(f"episode {mark.index} is not recorded: {self._refused}")
+                return
             self._open(mark, stamp_ns, data)
-        elif self._writer is not None:
+        elif self._recording is not None:
             self._end_ns = stamp_ns
             self._drain()
-            self._writer.write(EPISODE_TOPIC, max(stamp_ns, self._now_ns()), data)
+            self._write(Arrival(EPISODE_TOPIC, stamp_ns, self._now_ns(), data), always=True)
             self._close(EPISODE_STATES.get(mark.state, "unknown"))
+
+    def _refusal(self, clock_gap_ns: int) -> str:
+        """Why no episode can be recorded now, and what to do about it; empty when one can."""
+        free, least = self._free_bytes(), value(self, "min_free_mb") * MEGABYTE
+        if free < least:
+            return (f"{free / MEGABYTE:.0f} MB are free at {self._output}, min_free_mb is {least // MEGABYTE}; "
+                    "free some or choose another output")  # fmt: skip
+        simulated = not value(self, "use_sim_time") and self.count_publishers("/clock")
+        if simulated and clock_gap_ns > OTHER_CLOCK_NS:
+            return (f"stamps are {clock_gap_ns / NANOSECONDS:.0f} s from this node's clock and /clock is published; "
+                    "start the recorder with use_sim_time:=true")  # fmt: skip
+        return ""
+
+    def _free_bytes(self) -> int:
+        """Free disk, less what is queued for it."""
+        return shutil.disk_usage(self._output).free - self._thread.budget.used
 
     def _open(self, mark: Any, stamp_ns: int, data: bytes) -> None:
         for topic, feed in self._latched_feeds.items():
-            for latest in _waiting(feed):
-                self._store(topic, latest)
+            for latest, info in _waiting(feed):
+                self._store(topic, latest, info)
         metadata = {
             CONTRACT_KEY: self.contract.to_yaml(), "instruction": mark.instruction, "task": mark.task,
             "seed": str(mark.seed),
         }  # fmt: skip
-        self._writer = BagWriter(self._output / f"episode_{len(self.bags):06d}", metadata)
+        path = self._output / f"episode_{self._next_index:06d}"
+        self._recording = self._thread.open(path, metadata, self._topics)
+        self._recording.closed.add_done_callback(partial(self._on_closed, self._recording))
+        self._next_index += 1
         self._start_ns, self._end_ns = stamp_ns, None
-        for topic, (type_name, latched) in self._topics.items():
-            self._writer.add_topic(topic, type_name, latched)
-        self._writer.write(EPISODE_TOPIC, stamp_ns, data)
-        for topic, latest in self._latched.items():
-            self._writer.write(topic, stamp_ns, latest)
-        while self._early:
-            topic, message_ns, receive_ns, early = self._early.popleft()
-            if message_ns >= stamp_ns:
-                self._writer.write(topic, max(receive_ns, message_ns), early)
+        for topic, latest in ((EPISODE_TOPIC, data), *self._latched.items()):
+            self._write(Arrival(topic, stamp_ns, stamp_ns, latest), always=True)
+        arrivals, missing = self._early.take(stamp_ns)
+        self._recording.dropped += missing
+        self._dropped += missing
+        for arrival in arrivals:
+            self._write(arrival)
 
     def _drain(self) -> None:
         """Take what lies in the middleware's queues, of each topic up to the first message after the episode's end."""
         self._store_in_hand()
         for topic, feed in self._feeds.items():
-            for data in _waiting(feed):
-                if not self._store(topic, data):
+            for data, info in _waiting(feed):
+                if not self._store(topic, data, info):
                     break
 
     def _close(self, outcome: str) -> None:
-        assert self._writer is not None
-        self._writer.set_metadata("outcome", outcome)
-        self._writer.close()
-        self.bags.append(self._writer.path)
-        self.get_logger().info(f"{self._writer.path}: {self._writer.messages} messages, {outcome}")
-        self._writer = None
+        assert self._recording is not None
+        recording, self._recording = self._recording, None
+        dropped = f", {recording.dropped.total()} lost" if recording.dropped.total() else ""
+        self.get_logger().info(f"{recording.path}: {recording.messages} messages, {outcome}{dropped}")
+        recording.close({"outcome": outcome})
+
+    def _on_closed(self, recording: Recording, closed: Future[None]) -> None:
+        """In the thread that writes: keep the names of the bags that are whole."""
+        if closed.exception() is None and recording.path.exists():
+            self.bags.append(recording.path)
+
+    def _check(self) -> None:
+        """Once a second: the disk, the thread's health, and the diagnostics."""
+        self._thread.check()
+        refusal = self._refusal(self._clock_gap_ns)
+        if self._recording is not None and refusal:
+            self.get_logger().error(f"{self._recording.path} ends as aborted: {refusal}")
+            self._drain()
+            self._close("aborted")
+        if refusal or self._recording is not None:
+            self._refused = refusal
+        self._publish_diagnostics()
+
+    def _publish_diagnostics(self) -> None:
+        now_ns, dropped = time.monotonic_ns(), self._dropped.total()
+        bytes_before, dropped_before, before_ns = self._reported
+        self._reported = (self._bytes, dropped, now_ns)
+        rate = (self._bytes - bytes_before) * NANOSECONDS / max(1, now_ns - before_ns)
+        path = str(self._recording.path) if self._recording is not None else ""
+        level, message = DiagnosticStatus.OK, f"recording {path}" if path else "waiting for an episode"
+        if dropped > dropped_before:
+            topics = ", ".join(f"{topic}: {count}" for topic, count in sorted((+self._dropped).items()))
+            level, message = DiagnosticStatus.WARN, f"messages were lost: {topics}"
+        if self._refused:
+            level, message = DiagnosticStatus.ERROR, self._refused
+        values = {
+            "recording": bool(path), "bag": path, "bags": len(self.bags), "messages": self._messages,
+            "bytes": self._bytes, "bytes_per_s": round(rate), "dropped": dropped,
+            "waiting_bytes": self._thread.budget.used, "free_disk_bytes": self._free_bytes(),
+            **{f"dropped {topic}": count for topic, count in sorted((+self._dropped).items())},
+        }  # fmt: skip
+        status = DiagnosticStatus(
+            name=f"{self.get_fully_qualified_name()}: recorder", hardware_id=self.contract.name, level=level,
+            message=message, values=[KeyValue(key=key, value=str(found)) for key, found in values.items()],
+        )  # fmt: skip
+        array = DiagnosticArray(status=[status])
+        array.header.stamp = self.get_clock().now().to_msg()
+        self._diagnostics.publish(array)
 
     def _now_ns(self) -> int:
         return int(self.get_clock().now().nanoseconds)
@@ -227,14 +356,25 @@ def _answer(response: Any, success: bool, message: str) -> Any:
     return response
 
 
-def _waiting(subscription: Subscription) -> Iterator[bytes]:
+def _when_closed(response: Any, recording: Recording, message: str) -> Any:
+    """Answer when the bag is with the operating system, or say that a slow disk is still at it."""
+    try:
+        recording.closed.result(CLOSE_WAIT_S)
+    except TimeoutError:
+        return _answer(response, True, f"{message}, once the disk has caught up")
+    except (VlaError, OSError) as error:
+        return _answer(response, False, str(error))
+    return _answer(response, True, message)
+
+
+def _waiting(subscription: Subscription) -> Iterator[tuple[bytes, MessageInfo]]:
     """Take the serialized messages that wait in a subscription's queue, oldest first."""
     while True:
         with subscription.handle:
             taken = subscription.handle.take_message(subscription.msg_type, True)
         if taken is None:
             return
-        yield taken[0]
+        yield taken
 
 
 def main() -> int:

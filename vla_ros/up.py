@@ -28,9 +28,11 @@ from vla_core.config import ConfigError
 from vla_core.errors import choices
 from vla_ros.graph import Graph, Node, Scalar, load_graph, parameter_files, resolve
 from vla_ros.middleware import require_ros, settings
+from vla_ros.program import STOP_SIGNALS
 
 POLL_S = 0.02
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+PROGRAM = [sys.executable, "-m", "vla_ros.program"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +54,7 @@ def node_command(node: Node) -> list[str]:
         folders = [Path(folder) for folder in vla_ros.__path__]
         programs = {path.stem for folder in folders for path in folder.glob("*_node.py")}
         raise ConfigError(f"node {node.name}: no executable {node.executable!r}; choices: {choices(programs)}")
-    return [sys.executable, "-m", module]
+    return [*PROGRAM, node.executable]
 
 
 def run_graph(
@@ -113,7 +115,7 @@ class _Supervisor:
     """The processes of one graph, from the first start to the last exit.
 
     All of it in one thread: the kernel signals a child at the end of every thread of its parent
-    (see `_end_with_parent`), and a node is to be told once.
+    (see `_before_start`), and a node is to be told once.
     """
 
     def __init__(self, write: Callable[[str], None], stop: threading.Event, grace: Grace) -> None:
@@ -157,7 +159,7 @@ class _Supervisor:
             # A terminal sends Ctrl-C to its whole foreground group; in a session of its own a node
             # gets it from here alone, once.
             start_new_session=True,
-            preexec_fn=_end_with_parent(),
+            preexec_fn=_before_start(hold_signals=command[: len(PROGRAM)] == PROGRAM),
         )
         assert process.stdout is not None
         running = _Running(node, process)
@@ -245,7 +247,8 @@ class _Supervisor:
 
     def _wait(self, patience_s: float | None) -> None:
         deadline = None if patience_s is None else time.monotonic() + patience_s
-        seen = self._signals_seen
+        # The first Ctrl-C only asks for what is done already when the graph has ended on its own.
+        seen = max(self._signals_seen, 1)
         while self._alive() and (deadline is None or time.monotonic() < deadline):
             if deadline is not None and self._signals_seen > seen:
                 return  # a second Ctrl-C: the caller will not wait any longer
@@ -269,17 +272,22 @@ class _Supervisor:
             self.status = 128 - code if code < 0 else code or 1
 
 
-def _end_with_parent() -> Callable[[], None]:
+def _before_start(hold_signals: bool) -> Callable[[], None]:
     """What a child runs before its program, so that it stops even if this process is killed.
 
     Nobody can forward a signal after SIGKILL; the kernel does it instead (prctl(2),
     PR_SET_PDEATHSIG). SIGTERM, since a node must still be able to send its safe command and to
     close its bag.
+
+    `hold_signals`: a stop signal waits until the program takes it, also while Python itself still
+    starts; only for programs that do (`vla_ros.program`).
     """
     libc = ctypes.CDLL(None, use_errno=True)  # loaded here: the child may only call what is ready
     parent = os.getpid()
 
     def prepare() -> None:
+        if hold_signals:
+            signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
         if os.getppid() != parent:  # the parent was killed before the line above
             os._exit(1)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from vla_core.checkpoint import Checkpoint, Execution, PolicyConfig
+from vla_core.commands import encode
 from vla_core.contract import Action, RobotContract, Stream
 from vla_core.data.bag import CONTRACT_KEY, BagWriter
 from vla_core.data.dataset import Dataset, EpisodeData
@@ -46,12 +47,17 @@ CONTRACT = RobotContract(
         ),
         "task": Stream(topic="task", type=STRING, latched=True),
     },
-    action=Action(
+    actions={"arm": Action(
         topic="arm/command", type=JOINTS, field="velocity", names=("shoulder", "elbow"), units=("rad/s", "rad/s"),
-        low=(-1.0, -2.0), high=(1.0, 2.0), safe=("zero", "hold"),
-    ),
+        kind="velocity", low=(-1.0, -2.0), high=(1.0, 2.0), safe=("zero", "hold"),
+    )},
 )  # fmt: skip
 SPEC = ObservationSpec(images={"camera": ImageSize(height=6, width=8)}, state=("arm",), instruction="task")
+
+
+def with_action(**changes: Any) -> RobotContract:
+    """CONTRACT with a changed action."""
+    return dataclasses.replace(CONTRACT, actions={"arm": dataclasses.replace(CONTRACT.actions["arm"], **changes)})
 
 
 def with_stream(name: str, **changes: Any) -> RobotContract:
@@ -85,7 +91,7 @@ def task(stamp_ns: int, text: str) -> Message:
 
 
 def command(stamp_ns: int, shoulder: float, elbow: float = 0.0) -> Message:
-    data = messages.command(CONTRACT.action, stamp_ns, np.array([shoulder, elbow]))
+    data = encode(CONTRACT.actions["arm"], stamp_ns, np.array([[shoulder, elbow]]), CONTRACT.step_ns)
     return Message("arm/command", JOINTS, stamp_ns, data)
 
 

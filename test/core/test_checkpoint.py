@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 from collections.abc import Callable
@@ -15,12 +14,11 @@ from safetensors.torch import load_file, save_file
 
 from vla_core import checkpoint as checkpoint_module
 from vla_core.checkpoint import FILES, Checkpoint, fingerprint
-from vla_core.contract import RobotContract
 from vla_core.errors import VlaError
 from vla_core.observation.builder import Observation
 from vla_core.runtime.policy import Policy, PolicyError
 
-from .helpers import CONTRACT, START, checkpoint, pixels
+from .helpers import CONTRACT, START, checkpoint, pixels, with_action
 
 
 def observation(seed: int = 0) -> Observation:
@@ -170,9 +168,8 @@ def test_truncated_weights_are_named(saved: Path) -> None:
 
 
 def test_a_contract_with_another_action_dimension_is_refused(saved: Path) -> None:
-    action = dataclasses.replace(CONTRACT.action, names=("shoulder", "elbow", "wrist"), units=("r", "r", "r"),
+    other = with_action(names=("shoulder", "elbow", "wrist"), units=("r", "r", "r"),
                                  low=(-1, -1, -1), high=(1, 1, 1), safe=("zero",) * 3)  # fmt: skip
-    other: RobotContract = dataclasses.replace(CONTRACT, action=action)
     (saved / "contract.yaml").write_text(other.to_yaml())
     with pytest.raises(VlaError, match="contract has 3 numbers in 'action', the model 2"):
         Checkpoint.load(saved)

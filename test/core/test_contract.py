@@ -11,7 +11,7 @@ import yaml
 from vla_core.contract import ContractError, RobotContract
 from vla_core.errors import VlaError
 
-from .helpers import CONTRACT, with_stream
+from .helpers import CONTRACT, with_action, with_stream
 
 SHIPPED = Path(__file__).parents[2] / "config" / "robots" / "metaworld_sawyer.yaml"
 
@@ -27,8 +27,8 @@ def test_the_shipped_contract_says_what_its_file_says() -> None:
         assert list(stream.names) == given.get("names", [])
         assert stream.latched == given.get("latched", False)
         assert stream.max_age_ns == (None if stream.latched else round(given["max_age_s"] * 1e9))
-    assert list(contract.action.high) == raw["action"]["high"]
-    assert contract.action.safe == ("zero", "zero", "zero", "hold")
+    assert list(contract.action_high) == raw["actions"]["hand"]["high"]
+    assert contract.actions["hand"].safe == ("zero", "zero", "zero", "hold")
 
 
 @pytest.mark.parametrize("contract", [RobotContract.load(SHIPPED), CONTRACT], ids=["shipped", "toy"])
@@ -43,7 +43,9 @@ def test_odd_texts_survive_yaml() -> None:
 
 def test_another_topic_is_the_same_contract() -> None:
     remapped = with_stream("arm", topic="left/arm/state")
-    remapped = dataclasses.replace(remapped, action=dataclasses.replace(remapped.action, topic="left/command"))
+    remapped = dataclasses.replace(
+        remapped, actions={"arm": dataclasses.replace(remapped.actions["arm"], topic="left/command")}
+    )
     CONTRACT.check_same(remapped, "here", "there")
     joined = CONTRACT.with_topics_of(remapped)
     assert joined == remapped
@@ -57,8 +59,8 @@ def test_another_topic_is_the_same_contract() -> None:
         (with_stream("arm", units=("rad", "deg")), "observations.arm.units", ("'rad', 'rad'", "'rad', 'deg'")),
         (dataclasses.replace(CONTRACT, rate_hz=50.0), "rate_hz", ("100.0", "50.0")),
         (
-            dataclasses.replace(CONTRACT, action=dataclasses.replace(CONTRACT.action, high=(1.0, 3.0))),
-            "action.high",
+            with_action(high=(1.0, 3.0)),
+            "actions.arm.high",
             ("[1.0, 2.0]", "[1.0, 3.0]"),
         ),
         (
@@ -100,8 +102,8 @@ def broken(change: str, value: object) -> str:
         ("observations.arm.reliabilty", "reliable", "observations.arm.reliabilty: unknown key"),
         ("observations.arm.reliability", "sometimes", r"observations.arm.reliability: .*best_effort, reliable"),
         ("observations.arm.units", ["rad"], r"observations.arm.units: .*\(2\), found 1"),
-        ("action.low", [1.0, -2.0], "action.low: shoulder"),
-        ("action.safe", ["zero", "fly"], r"action.safe\[1\]: .*hold, zero.*'fly'"),
+        ("actions.arm.low", [1.0, -2.0], "actions.arm.low: shoulder"),
+        ("actions.arm.safe", ["zero", "fly"], r"actions.arm.safe\[1\]: .*hold, zero.*'fly'"),
     ],
 )
 def test_a_bad_contract_names_the_place(change: str, value: object, message: str) -> None:

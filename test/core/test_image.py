@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from vla_core.observation.decode import decode
-from vla_core.observation.image import encode_jpeg, raw_to_rgb, resize
+from vla_core.observation.image import encode_jpeg, raw_to_array, resize
 from vla_core.observation.messages import MessageError, compressed_image, serialize
 
 from .helpers import CONTRACT, IMAGE, raw_image, with_stream
@@ -58,7 +58,7 @@ def test_an_unsupported_encoding_names_the_choices(encoding: str) -> None:
 )
 def test_sizes_that_do_not_fit_are_refused(size: int, fields: dict[str, int]) -> None:
     with pytest.raises(MessageError, match=rf"{fields['width']}x{fields['height']} rgb8 .*found {size} bytes"):
-        raw_to_rgb(raw_image(bytes(size), encoding="rgb8", **fields))
+        raw_to_array(raw_image(bytes(size), encoding="rgb8", **fields))
 
 
 def smooth(height: int = 40, width: int = 56) -> np.ndarray:

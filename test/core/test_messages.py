@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import struct
 
 import numpy as np
@@ -12,7 +11,7 @@ from hypothesis import strategies as st
 from rosbags.typesys import Stores, get_typestore
 
 from vla_core.observation import messages
-from vla_core.observation.decode import decode, decode_action
+from vla_core.observation.decode import decode
 from vla_core.observation.messages import MessageError, header_stamp_ns
 
 from .helpers import CONTRACT, IMAGE, JOINTS, START, STRING, arm, pixels, with_stream
@@ -68,30 +67,6 @@ def test_types_without_header_have_no_stamp_and_short_bytes_are_refused() -> Non
 def test_a_stamp_written_is_the_stamp_read(stamp_ns: int) -> None:
     data = messages.joint_state(stamp_ns, ("a",), "position", np.ones(1))
     assert header_stamp_ns(JOINTS, data) == stamp_ns
-
-
-@given(st.lists(st.floats(allow_nan=False, allow_infinity=False), min_size=2, max_size=2))
-def test_a_command_arrives_bit_for_bit(values: list[float]) -> None:
-    data = messages.command(CONTRACT.action, START, np.array(values))
-    raw = STORE.deserialize_cdr(data, JOINTS)
-    assert raw.name == ["shoulder", "elbow"] and raw.velocity.tolist() == values and not len(raw.position)
-    assert decode_action(CONTRACT.action, data).tolist() == values
-
-
-@pytest.mark.parametrize(
-    ("values", "named", "unnamed"),
-    [([math.nan, 0], "shoulder", "elbow"), ([0, math.inf], "elbow", "shoulder"), ([0, -math.inf], "elbow", "shoulder")],
-)
-def test_a_command_that_is_not_finite_is_dropped_whole(values: list[float], named: str, unnamed: str) -> None:
-    with pytest.raises(MessageError, match=f"{named} not finite") as caught:
-        messages.command(CONTRACT.action, START, np.array(values))
-    assert unnamed not in str(caught.value)
-
-
-@pytest.mark.parametrize("shape", [(1,), (3,), (2, 1), (1, 2), ()])
-def test_a_command_of_the_wrong_shape_is_dropped(shape: tuple[int, ...]) -> None:
-    with pytest.raises(MessageError, match=r"expected \(2,\).*shoulder"):
-        messages.command(CONTRACT.action, START, np.zeros(shape))
 
 
 def test_entries_are_taken_by_name() -> None:

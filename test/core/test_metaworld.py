@@ -60,7 +60,7 @@ def test_a_seed_decides_states_and_camera_bytes(world: MetaWorld) -> None:
 def test_the_expert_solves_the_task_within_the_contract(world: MetaWorld) -> None:
     world.reset(0)
     start = vectors(world, 0)["state"][4:7]
-    low, high = np.array(SAWYER.action.low), np.array(SAWYER.action.high)
+    low, high = SAWYER.action_low, SAWYER.action_high
     for _ in range(200):
         command = world.expert()
         assert ((low <= command) & (command <= high)).all()
@@ -145,7 +145,7 @@ def test_mistakes_are_named() -> None:
     with pytest.raises(SimulationError, match="Meta-World has no 'arm'; choices: hand, joints, state"):
         MetaWorld("push-v3", "corner2", CONTRACT)
     hand = with_stream("arm").observations["arm"]
-    two = RobotContract(name="two", rate_hz=80, observations={"hand": hand}, action=SAWYER.action)
+    two = RobotContract(name="two", rate_hz=80, observations={"hand": hand}, actions=SAWYER.actions)
     with pytest.raises(SimulationError, match="'hand' has 2 names, Meta-World has 4 numbers"):
         MetaWorld("push-v3", "corner2", two)
 
@@ -153,7 +153,7 @@ def test_mistakes_are_named() -> None:
 def test_joints_that_the_robot_does_not_have_are_named() -> None:
     joints = SAWYER.observations["joints"]
     changed = RobotContract(
-        name="odd", rate_hz=80, action=SAWYER.action,
+        name="odd", rate_hz=80, actions=SAWYER.actions,
         observations={"joints": with_stream("arm", names=("left_j0",), units=("rad",)).observations["arm"]},
     )  # fmt: skip
     assert "left_j0" not in joints.names

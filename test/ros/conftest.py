@@ -102,7 +102,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory, contract: RobotContract
     recipe = load_recipe("mini_vla")
     tokenizer = WordTokenizer()
     tokenizer.fit(["push the puck to the goal"])
-    low, high = np.asarray(contract.action.low), np.asarray(contract.action.high)
+    low, high = contract.action_low, contract.action_high
     statistics = {
         "state": compute_statistics(rng.normal(size=(100, 39))),
         "action": compute_statistics(np.stack([low, high])),

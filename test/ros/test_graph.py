@@ -145,3 +145,29 @@ def test_the_graphs_that_are_shipped_resolve() -> None:
         graph = load_graph(path)
         required = [name for name, a in graph.arguments.items() if a.default is None]
         assert resolve(graph, dict.fromkeys(required, "x"))
+
+
+def test_when_leaves_nodes_out_and_remap_is_text(tmp_path: Path) -> None:
+    text = """
+        arguments:
+          safety: {default: true, description: with a safety node}
+          remap: {default: "", description: remaps}
+        nodes:
+          - {executable: policy_node, name: policy, remap: "${remap}", remappings: {a: b}}
+          - {executable: safety_node, name: safety, when: "${safety}"}
+    """
+    graph = load_graph(written(tmp_path, text))
+    assert [node.name for node in resolve(graph, {})] == ["policy", "safety"]
+    (policy,) = resolve(graph, {"safety": "false", "remap": "image:=/left/image  a:=c"})
+    assert policy.remappings == {"a": "c", "image": "/left/image"}
+    with pytest.raises(ConfigError, match=r"nodes\[0\].remap: found 'image=x', expected from:=to"):
+        resolve(graph, {"remap": "image=x"})
+
+
+def test_when_must_be_true_or_false(tmp_path: Path) -> None:
+    text = """
+        arguments: {who: {default: me, description: somebody}}
+        nodes: [{executable: policy_node, name: policy, when: "${who}"}]
+    """
+    with pytest.raises(ConfigError, match=r"nodes\[0\].when: found 'me', expected true, false"):
+        resolve(load_graph(written(tmp_path, text)), {})

@@ -12,6 +12,7 @@ from sensor_msgs.msg import CompressedImage, Image, JointState
 from std_msgs.msg import Header, String
 from vla_ros.msg import ActionChunk, Episode
 
+from vla_core.commands import encode_frame
 from vla_core.observation import messages
 
 STAMP_NS = 1_234_567_890_123_456_789
@@ -58,7 +59,7 @@ def test_own_messages_are_read_without_ros() -> None:
 
 
 def test_commands_are_read_by_rclpy(contract) -> None:  # type: ignore[no-untyped-def]
-    data = messages.command(contract.action, STAMP_NS, np.array([0.1, -0.2, 0.3, 1.0]))
+    data = encode_frame(contract, STAMP_NS, np.array([0.1, -0.2, 0.3, 1.0]))[contract.actions["hand"].topic]
     command = deserialize_message(data, JointState)
     assert command.header == HEADER
     assert list(command.name) == ["hand_x", "hand_y", "hand_z", "gripper"]

@@ -8,8 +8,8 @@ import time
 import numpy as np
 from sensor_msgs.msg import JointState
 
+from vla_core.commands import encode
 from vla_core.contract import RobotContract
-from vla_core.observation import messages
 from vla_ros.bridge import COMMAND_QOS
 from vla_ros.metaworld_node import MetaWorldNode
 
@@ -31,12 +31,12 @@ def test_a_slow_simulator_obeys_the_newest_command(ros: Ros, domain: int, contra
 
     simulator.world.step = slow_step
     elsewhere = Ros(domain)
-    publisher = elsewhere.node("commander").create_publisher(JointState, contract.action.topic, COMMAND_QOS)
+    publisher = elsewhere.node("commander").create_publisher(JointState, contract.actions["hand"].topic, COMMAND_QOS)
     done = threading.Event()
 
     def command() -> None:
         while not done.wait(0.0125):
-            publisher.publish(messages.command(contract.action, time.time_ns(), COMMAND))
+            publisher.publish(encode(contract.actions["hand"], time.time_ns(), COMMAND[None, :], contract.step_ns))
 
     commander = threading.Thread(target=command)
     commander.start()

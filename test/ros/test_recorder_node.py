@@ -18,6 +18,7 @@ from sensor_msgs.msg import JointState
 from std_srvs.srv import Trigger
 from vla_ros.msg import Episode
 
+from vla_core.commands import encode
 from vla_core.contract import RobotContract
 from vla_core.data import bag as bags
 from vla_core.data.bag import BagError
@@ -48,7 +49,7 @@ class Source:
         self.text = self.node.create_publisher(
             message_class(instruction.type), instruction.topic, stream_qos(instruction)
         )
-        self.commands = self.node.create_publisher(JointState, contract.action.topic, COMMAND_QOS)
+        self.commands = self.node.create_publisher(JointState, contract.actions["hand"].topic, COMMAND_QOS)
         self.episodes = self.node.create_publisher(Episode, "episode", EPISODE_QOS)
         self.text.publish(messages.text("do it"))
         ros.spin_until(
@@ -64,7 +65,8 @@ class Source:
     def send(self, stamp_ns: int) -> tuple[bytes, bytes]:
         values = np.full(4, stamp_ns / 1e10)
         hand = messages.joint_state(stamp_ns, self.contract.observations["hand"].names, "position", values)
-        command = messages.command(self.contract.action, stamp_ns, np.clip(values, -0.8, 0.8))
+        action = self.contract.actions["hand"]
+        command = encode(action, stamp_ns, np.clip(values, -0.8, 0.8)[None, :], self.contract.step_ns)
         self.hand.publish(hand)
         self.commands.publish(command)
         return hand, command
@@ -105,7 +107,7 @@ def test_a_stop_in_the_middle_closes_the_bag_as_aborted(ros: Ros, contract: Robo
     source = Source(ros, contract)
     source.mark(Episode.START, 10**9, 0)
     source.send(10**9)
-    ros.spin_until(lambda: recorder._writer is not None and recorder._writer.messages > 2, "an open bag")
+    ros.spin_until(lambda: recorder._recording is not None and recorder._recording.messages > 2, "an open bag")
     recorder.stop()
     assert bags.info(tmp_path / "bags" / "episode_000000").metadata["outcome"] == "aborted"
 
@@ -145,7 +147,7 @@ def test_a_disk_that_refuses_is_named_and_the_bag_does_not_look_whole(
     recorder = make_recorder(ros, tmp_path / "bags", streams=["hand", "instruction"])
     source = Source(ros, contract)
     source.mark(Episode.START, 10**9, 0)
-    ros.spin_until(lambda: recorder._writer is not None, "an open bag")
+    ros.spin_until(lambda: recorder._recording is not None, "an open bag")
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     size = (tmp_path / "bags" / "episode_000000" / "episode_000000.mcap").stat().st_size
     resource.setrlimit(resource.RLIMIT_FSIZE, (size + 1000, limit[1]))  # as good as a full disk, for this process

@@ -222,6 +222,23 @@ def test_stop_signals_reach_every_node_once(
         assert programs.notes(name) == ["up", number.name]
 
 
+def test_the_first_ctrl_c_does_not_hurry_a_graph_that_is_stopping_already(programs: Programs) -> None:
+    """It is the second one that a caller's patience ends with."""
+    programs.add("policy", PATIENT.replace("time.sleep(0.2)", "time.sleep(2)"))
+    programs.add("simulator", programs.after(["policy"], ""))
+    lines: list[str] = []
+
+    def interrupt(line: str) -> None:
+        lines.append(line)
+        if line == "[vla up] simulator is done":  # the graph's own end; the policy still needs its two seconds
+            threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+
+    graph = Graph(nodes=(node("policy"), node("simulator", ends_graph=True)))
+    assert run_graph(graph, {}, command=programs.command, write=interrupt) == 0
+    assert programs.notes("policy") == ["up", "SIGINT"]
+    assert not any("did not stop" in line for line in lines)
+
+
 def test_nodes_are_told_to_stop_when_vla_up_itself_is_killed(
     programs: Programs, supervisor: Callable[[], subprocess.Popen[bytes]]
 ) -> None:
@@ -293,7 +310,7 @@ def test_nothing_is_started_when_a_node_is_unknown(programs: Programs) -> None:
 
 def test_a_node_is_a_module_of_this_package() -> None:
     # Any module will do here: the command is only put together.
-    assert node_command(node("middleware")) == [sys.executable, "-m", "vla_ros.middleware"]
+    assert node_command(node("middleware")) == [sys.executable, "-m", "vla_ros.program", "middleware"]
 
 
 def test_the_command_line(tmp_path: Path) -> None:

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
-from vla_core.contract import NANOSECONDS, RobotContract
+from vla_core.commands import decode
+from vla_core.contract import NANOSECONDS, Action, RobotContract
 from vla_core.data import bag as bags
 from vla_core.data.bag import BagError
 from vla_core.observation.builder import Observation, ObservationBuilder, ObservationSpec, Unobserved
-from vla_core.observation.decode import decode_action
 from vla_core.observation.memory_buffer import MemoryBuffer
 from vla_core.observation.messages import Message, MessageError, deserialize
 
@@ -69,19 +69,38 @@ class Commands:
     """Recorded commands, looked up by the tick that they answered."""
 
     def __init__(self, messages: list[Message], contract: RobotContract) -> None:
-        self._action, self._step_ns = contract.action, contract.step_ns
-        self._messages = sorted((m for m in messages if m.topic == contract.action.topic), key=lambda m: m.stamp_ns)
-        self._stamps = np.array([m.stamp_ns for m in self._messages])
+        self._tracks = [_Track(messages, action, contract) for action in contract.actions.values()]
 
     def __len__(self) -> int:
-        return len(self._messages)
+        return max(len(track.messages) for track in self._tracks)
 
     def at(self, tick_ns: int) -> np.ndarray | None:
-        """The first command (A,) stamped within the control period from ``tick_ns`` on; None without one."""
+        """The command (A,) that answered ``tick_ns``, of all actions together; None when one of them gave none."""
+        parts = [track.at(tick_ns) for track in self._tracks]
+        return None if any(part is None for part in parts) else np.concatenate(parts)  # type: ignore[arg-type]
+
+
+class _Track:
+    """The messages of one action in order of their stamps."""
+
+    def __init__(self, messages: list[Message], action: Action, contract: RobotContract) -> None:
+        self._action, self._step_ns, self._row_ns = action, contract.step_ns, contract.chunk_step_ns
+        self.messages = sorted((m for m in messages if m.topic == action.topic), key=lambda m: m.stamp_ns)
+        self._stamps = np.array([m.stamp_ns for m in self.messages], dtype=np.int64)
+
+    def at(self, tick_ns: int) -> np.ndarray | None:
+        """A step's message is the first one within the control period; of a chunk, the row for this instant."""
+        if self._action.publish == "chunk":
+            place = int(np.searchsorted(self._stamps, tick_ns, side="right")) - 1
+            if place < 0:
+                return None
+            rows = decode(self._action, self.messages[place].data)
+            row = (tick_ns - int(self._stamps[place])) // self._row_ns
+            return rows[row] if row < len(rows) else None
         place = int(np.searchsorted(self._stamps, tick_ns))
         if place == len(self._stamps) or self._stamps[place] >= tick_ns + self._step_ns:
             return None
-        return decode_action(self._action, self._messages[place].data)
+        return decode(self._action, self.messages[place].data)[0]
 
 
 def read_episode(path: Path, contract: RobotContract, spec: ObservationSpec) -> Episode:
@@ -91,7 +110,7 @@ def read_episode(path: Path, contract: RobotContract, spec: ObservationSpec) -> 
         raise BagError(f"{path}: {summary.note}")
     builder = ObservationBuilder(contract, spec)
     needed = {stream.topic: stream.type for stream in builder.streams.values()}
-    needed[contract.action.topic] = contract.action.type
+    needed |= {action.topic: action.type for action in contract.actions.values()}
     bags.require_topics(summary, needed)
 
     messages = list(bags.read(path, set(needed) | {EPISODE_TOPIC}))

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from vla_core.observation.decode import decode_action
-from vla_core.observation.messages import command as command_bytes
+import numpy as np
+
+from vla_core.commands import decode, encode_frame
+from vla_core.evaluation.metrics import roughness
 from vla_core.observation.messages import text
 from vla_core.runtime.core import PolicyCore
 from vla_core.sim.metaworld import MetaWorld
@@ -14,25 +16,43 @@ from vla_core.sim.metaworld import MetaWorld
 
 @dataclass(frozen=True)
 class EpisodeResult:
-    """Outcome of one episode."""
+    """Outcome of one episode, and how smooth it was.
+
+    ``boundary_jumps``  at every new chunk, as :class:`~vla_core.runtime.execution_metrics.ExecutionMetrics` has it
+    ``roughness``       largest norm of the commands' second difference, as a share of each action's range
+    """
 
     seed: int
     success: bool
     steps: int
+    boundary_jumps: tuple[float, ...] = ()
+    roughness: float = 0.0
 
 
 PAUSE_NS = 1_000_000_000  # between two episodes on the simulated clock, which only ever moves forward
 
 
 def run_episode(
-    world: MetaWorld, core: PolicyCore, instruction: str, seed: int, max_steps: int, start_ns: int = 0
+    world: MetaWorld,
+    core: PolicyCore,
+    instruction: str,
+    seed: int,
+    max_steps: int,
+    start_ns: int = 0,
+    delay_steps: int = 0,
 ) -> EpisodeResult:
-    """One episode from ``seed`` until success or ``max_steps`` control steps; its first tick is ``start_ns``."""
+    """One episode from ``seed`` until success or ``max_steps`` control steps; its first tick is ``start_ns``.
+
+    A chunk inferred at a tick comes into force ``delay_steps`` control steps later, while the world goes on with the
+    older chunks; where none covers a tick any more, the contract's safe action is sent. 0 is lockstep.
+    """
     contract = core.contract
     core.start_episode(start_ns)
+    core.metrics.clear()
     world.reset(seed)
     if core.policy.spec.instruction:
         core.add(core.policy.spec.instruction, text(instruction), start_ns)
+    sent: list[np.ndarray] = []
     for step in range(max_steps):
         stamp_ns = start_ns + step * contract.step_ns
         observed = world.observe_state(stamp_ns)
@@ -41,12 +61,24 @@ def run_episode(
         for message in observed:
             for name in core.builder.by_topic.get(message.topic, ()):
                 core.add(name, message.data, stamp_ns)
-        command = core.step(stamp_ns)
+        if core.executor.due(stamp_ns):
+            arrival_ns = stamp_ns + delay_steps * contract.step_ns
+            core.infer(stamp_ns, lambda arrival_ns=arrival_ns: arrival_ns)  # type: ignore[misc]
+        command = core.command(stamp_ns)
+        safe = contract.safe_values(sent[-1] if sent else None)
+        if safe is None:  # a robot that was sent nothing yet stands still
+            safe = np.zeros(len(contract.action_names))
+        values = safe if command is None else command.values
+        sent.append(values)
         # Through the bytes of the command message, as the robot would get it.
-        world.step(decode_action(contract.action, command_bytes(contract.action, stamp_ns, command.values)))
+        frame = encode_frame(contract, stamp_ns, values)
+        world.step(np.concatenate([decode(action, frame[action.topic])[0] for action in contract.actions.values()]))
         if world.success:
-            return EpisodeResult(seed, True, step + 1)
-    return EpisodeResult(seed, False, max_steps)
+            break
+    scale = contract.action_high - contract.action_low
+    return EpisodeResult(
+        seed, world.success, len(sent), tuple(core.metrics.values("boundary_jump")), roughness(np.stack(sent) / scale)
+    )
 
 
 def evaluate(
@@ -56,11 +88,12 @@ def evaluate(
     seeds: Iterable[int],
     max_steps: int,
     progress: Callable[[EpisodeResult], None] = lambda result: None,
+    delay_steps: int = 0,
 ) -> list[EpisodeResult]:
     """Run an episode per seed."""
     results, start_ns = [], 0
     for seed in seeds:
-        result = run_episode(world, core, instruction, seed, max_steps, start_ns)
+        result = run_episode(world, core, instruction, seed, max_steps, start_ns, delay_steps)
         start_ns += result.steps * core.contract.step_ns + PAUSE_NS
         progress(result)
         results.append(result)

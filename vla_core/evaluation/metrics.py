@@ -28,3 +28,16 @@ def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
 def percentile(values: Sequence[float], q: float) -> float | None:
     """Percentile ``q`` in [0, 100]; None without values."""
     return float(np.percentile(np.asarray(values), q)) if len(values) else None
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """95 % confidence interval of a mean by the normal approximation; None with fewer than two values."""
+    if len(values) < 2:
+        return None
+    mean, half = float(np.mean(values)), Z95 * float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    return mean - half, mean + half
+
+
+def roughness(commands: np.ndarray) -> float:
+    """Largest Euclidean norm of the second difference over time of ``commands`` (T, A); 0 with fewer than three."""
+    return float(np.linalg.norm(np.diff(commands, n=2, axis=0), axis=-1).max(initial=0.0))

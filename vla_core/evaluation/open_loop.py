@@ -59,7 +59,7 @@ def replay(path: Path, core: PolicyCore) -> Replay:
         contract = contract.with_topics_of(summary.contract)
     builder = ObservationBuilder(contract, core.policy.spec)
     needed = {stream.topic: stream.type for stream in builder.streams.values()}
-    needed[contract.action.topic] = contract.action.type
+    needed |= {action.topic: action.type for action in contract.actions.values()}
     bags.require_topics(summary, needed)
     messages = list(bags.read(path, set(needed)))
     commands = Commands(messages, contract)
@@ -70,13 +70,13 @@ def replay(path: Path, core: PolicyCore) -> Replay:
         except Unobserved:
             continue
         truth = [commands.at(tick_ns + k * contract.step_ns) for k in range(len(chunk.actions))]
-        blank = np.full(len(contract.action.names), np.nan)
+        blank = np.full(len(contract.action_names), np.nan)
         stamps.append(tick_ns)
         predicted.append(chunk.actions)
         recorded.append(np.stack([blank if value is None else value for value in truth]))
         known.append([value is not None for value in truth])
     if not stamps or not np.any(known):
         raise BagError(f"{path}: no tick has both an observation and a command")
-    half_range = (np.asarray(contract.action.high) - np.asarray(contract.action.low)) / 2
-    return Replay(contract.action.names, contract.action.units, half_range, np.array(stamps), np.stack(predicted),
+    half_range = (contract.action_high - contract.action_low) / 2
+    return Replay(contract.action_names, contract.action_units, half_range, np.array(stamps), np.stack(predicted),
                   np.stack(recorded), np.array(known))  # fmt: skip

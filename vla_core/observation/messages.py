@@ -7,18 +7,21 @@ decoder therefore serves live, recorded and simulated data. Message definitions 
 from __future__ import annotations
 
 import functools
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rosbags.interfaces import Nodetype
 from rosbags.typesys import Stores, get_types_from_msg, get_typestore
 from rosbags.typesys.store import Typestore
 
-from vla_core.contract import NANOSECONDS, Action
+from vla_core.contract import NANOSECONDS
 from vla_core.errors import VlaError
 from vla_core.resources import share
 
-OWN_MESSAGES = ("ActionChunk", "Episode")
+OWN_MESSAGES = ("ActionChunk", "Episode", "TrajectoryPoint", "Trajectory")
 
 
 class MessageError(VlaError):
@@ -37,7 +40,7 @@ class Message:
 
 @functools.cache
 def typestore() -> Typestore:
-    """The message types of ROS 2 Kilted and of this package."""
+    """The message types of ROS 2 Kilted and of this package; :func:`known_type` adds installed ones."""
     store = get_typestore(Stores.ROS2_KILTED)
     for name in OWN_MESSAGES:
         text = share(f"msg/{name}.msg").read_text(encoding="utf-8")
@@ -46,13 +49,32 @@ def typestore() -> Typestore:
 
 
 def known_type(type_name: str) -> None:
-    """Raise when no definition of ``type_name`` is known."""
+    """Make sure that ``type_name`` is defined, from an installed message package if need be; raise otherwise."""
+    if type_name in typestore().fielddefs:
+        return
+    package = type_name.split("/")[0]
+    _register_installed(package)
     if type_name not in typestore().fielddefs:
-        package = type_name.split("/")[0]
         near = [name for name in typestore().fielddefs if name.startswith(f"{package}/")]
         raise MessageError(
-            f"unknown message type {type_name!r}; known in {package!r}: {', '.join(sorted(near)) or '(nothing)'}"
+            f"unknown message type {type_name!r}; known in {package!r}: {', '.join(sorted(near)) or '(nothing)'}; "
+            f"install the package {package!r} and source its workspace"
         )
+
+
+def _register_installed(package: str) -> None:
+    """Learn the messages of an installed package, and of those it is made of, from its share folder's ``.msg``."""
+    found: dict[str, Any] = {}
+    for prefix in filter(None, os.environ.get("AMENT_PREFIX_PATH", "").split(os.pathsep)):
+        for file in sorted(Path(prefix, "share", package, "msg").glob("*.msg")):
+            found |= get_types_from_msg(file.read_text(encoding="utf-8"), f"{package}/msg/{file.stem}")
+    new = {name: fields for name, fields in found.items() if name not in typestore().fielddefs}
+    typestore().register(new)
+    for fields in new.values():
+        for _, (kind, detail) in fields[1]:
+            name = detail if kind == Nodetype.NAME else detail[0][1] if kind != Nodetype.BASE else ""
+            if isinstance(name, str) and "/" in name and name not in typestore().fielddefs:
+                _register_installed(name.split("/")[0])
 
 
 def serialize(type_name: str, message: Any) -> bytes:
@@ -127,19 +149,3 @@ def compressed_image(stamp_ns: int, encoded: np.ndarray, format: str, frame_id: 
     cls = typestore().types["sensor_msgs/msg/CompressedImage"]
     message = cls(header=header(stamp_ns, frame_id), format=format, data=encoded.reshape(-1))
     return serialize("sensor_msgs/msg/CompressedImage", message)
-
-
-def command(action: Action, stamp_ns: int, values: np.ndarray) -> bytes:
-    """Serialized command of ``values`` (len(action.names),) in the contract's units.
-
-    A non-finite value drops the whole command with a :class:`MessageError`: half a command is none.
-    """
-    values = np.asarray(values, dtype=np.float64)
-    if values.shape != (len(action.names),):
-        raise MessageError(f"command has shape {values.shape}, expected ({len(action.names)},): {list(action.names)}")
-    if not np.isfinite(values).all():
-        bad = [name for name, value in zip(action.names, values, strict=True) if not np.isfinite(value)]
-        raise MessageError(f"command dropped: {', '.join(bad)} not finite")
-    if action.type != "sensor_msgs/msg/JointState":
-        raise MessageError(f"commands of type {action.type!r} cannot be written; choices: sensor_msgs/msg/JointState")
-    return joint_state(stamp_ns, action.names, action.field, values, action.frame_id)

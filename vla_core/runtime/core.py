@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
 from vla_core.observation.builder import Observation, ObservationBuilder
 from vla_core.observation.messages import header_stamp_ns
-from vla_core.runtime.chunk_executor import ActionChunk, ChunkExecutor
+from vla_core.runtime.chunk import ActionChunk, Continuation
+from vla_core.runtime.chunk_executor import ChunkExecutor
+from vla_core.runtime.execution import Execution
+from vla_core.runtime.execution_metrics import ExecutionMetrics
 from vla_core.runtime.policy import Policy
 
 LATENCIES = 10_000  # kept for percentiles; a robot runs for weeks
@@ -28,19 +32,23 @@ class Command:
 class PolicyCore:
     """Memory buffer, observation builder, policy and chunk executor, wired once.
 
-    ``add`` may be called from another thread than ``infer``.
+    ``add`` and ``command`` may be called from other threads than ``infer``. ``execution`` replaces the checkpoint's;
+    one that the policy cannot follow is refused.
     """
 
-    def __init__(self, policy: Policy) -> None:
+    def __init__(self, policy: Policy, execution: Execution | None = None) -> None:
         self.policy = policy
         self.contract = policy.contract
         self.builder = ObservationBuilder(policy.contract, policy.spec)
         self.buffer = self.builder.make_buffer()
-        self.executor = ChunkExecutor(policy.checkpoint.config.execution.steps)
         self.inference_ms: deque[float] = deque(maxlen=LATENCIES)
         self.last_observation: Observation | None = None
-        self._low = np.asarray(policy.contract.action.low)
-        self._high = np.asarray(policy.contract.action.high)
+        self._low = policy.contract.action_low
+        self._high = policy.contract.action_high
+        if execution is not None:
+            execution.check(policy.checkpoint.config.model.horizon, policy.checkpoint.config.model.head)
+        self.metrics = ExecutionMetrics(self._low, self._high)
+        self.executor = ChunkExecutor(execution or policy.checkpoint.config.execution, self.metrics)
 
     def add(self, name: str, data: bytes, receive_ns: int) -> int:
         """Store a message of stream ``name``; returns its stamp: the header's, or ``receive_ns`` without one."""
@@ -54,14 +62,26 @@ class PolicyCore:
         self.buffer.start_episode(stamp_ns)
         self.executor.start_episode(stamp_ns)
 
-    def infer(self, at_ns: int) -> ActionChunk:
-        """Observe and predict at ``at_ns``; raises ``Unobserved`` when a stream is missing or stale."""
+    def predict(self, at_ns: int, continues: Continuation | None = None) -> ActionChunk:
+        """Observe at ``at_ns`` and predict, executing nothing; raises ``Unobserved`` when a stream is missing or stale.
+
+        ``continues`` is the plan that the chunk is to continue.
+        """
         observation = self.builder.build(self.buffer, at_ns)
         start = time.perf_counter()
-        chunk = self.policy.predict(observation)
+        chunk = self.policy.predict(observation) if continues is None else self.policy.predict(observation, continues)
         self.inference_ms.append(1e3 * (time.perf_counter() - start))
         self.last_observation = observation
-        self.executor.push(chunk)
+        return chunk
+
+    def infer(self, at_ns: int, arrival: Callable[[], int] | None = None) -> ActionChunk:
+        """Predict from the observation at ``at_ns``, continuing the plan in force, and hand the chunk to the executor.
+
+        ``arrival`` tells, once the chunk is there, from when on it may be executed, such as the clock's now. Without
+        it time stands still while the model thinks: lockstep.
+        """
+        chunk = self.predict(at_ns, self.executor.continuation(at_ns))
+        self.executor.push(chunk, None if arrival is None else arrival())
         return chunk
 
     def command(self, at_ns: int) -> Command | None:
@@ -87,4 +107,8 @@ class PolicyCore:
         images = {n: np.zeros((s.height, s.width, 3), dtype=np.uint8) for n, s in spec.images.items()}
         blank = Observation(0, images, np.zeros(size, dtype=np.float32), "", {})
         for _ in range(3):
-            self.policy.predict(blank)
+            chunk = self.policy.predict(blank)
+        if self.executor.execution.strategy == "rtc":  # the guided sampler is another program
+            rows = len(chunk.actions)
+            for _ in range(3):
+                self.policy.predict(blank, Continuation(chunk.actions, np.ones(rows), 1, 1.0))

@@ -9,9 +9,10 @@ import torch
 
 from vla_core.checkpoint import Checkpoint
 from vla_core.errors import VlaError
+from vla_core.model.action_head.guidance import ChunkPrefix
 from vla_core.observation.batch import collate
 from vla_core.observation.builder import Observation
-from vla_core.runtime.chunk_executor import ActionChunk
+from vla_core.runtime.chunk import ActionChunk, Continuation
 
 
 class PolicyError(VlaError):
@@ -38,16 +39,29 @@ class Policy:
         """Load a checkpoint folder."""
         return cls(Checkpoint.load(path), seed)
 
-    @torch.inference_mode()
-    def predict(self, observation: Observation) -> ActionChunk:
-        """The chunk for one observation; raises :class:`PolicyError` when it is not finite."""
+    @torch.no_grad()  # not inference_mode, whose tensors guidance could not differentiate through
+    def predict(self, observation: Observation, continues: Continuation | None = None) -> ActionChunk:
+        """The chunk for one observation, continuing an older plan where one is given.
+
+        Raises :class:`PolicyError` when it is not finite.
+        """
         inputs = collate([observation], self.checkpoint.normalizer, self.checkpoint.tokenizer)
         generator = torch.Generator().manual_seed(_noise_seed(self.seed, observation.stamp_ns))
-        normalized = self.checkpoint.model.predict(inputs, generator)[0].numpy()  # (H, A)
+        normalized = self.checkpoint.model.predict(inputs, generator, self._prefix(continues))[0].numpy()  # (H, A)
         actions = self.checkpoint.normalizer.unnormalize("action", normalized)
         if not torch.isfinite(torch.from_numpy(actions)).all():
             raise PolicyError(f"the policy predicted a non-finite action at stamp {observation.stamp_ns}")
-        return ActionChunk(observation.stamp_ns, self.contract.step_ns, actions)
+        return ActionChunk(observation.stamp_ns, self.contract.chunk_step_ns, actions, continues)
+
+    def _prefix(self, continues: Continuation | None) -> ChunkPrefix | None:
+        if continues is None:
+            return None
+        return ChunkPrefix(
+            actions=torch.from_numpy(self.checkpoint.normalizer.normalize("action", continues.actions)),
+            weights=torch.from_numpy(continues.weights.astype(np.float32)),
+            frozen=continues.frozen,
+            max_guidance=continues.max_guidance,
+        )
 
 
 def _noise_seed(seed: int, stamp_ns: int) -> int:

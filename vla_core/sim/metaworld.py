@@ -191,7 +191,11 @@ class MetaWorld:
         return {"state": self._state, "hand": self._state[:HAND_SIZE], "joints": joints}
 
     def _check_vectors(self) -> None:
-        """The contract's numeric streams must be ones that Meta-World has, with as many names as it has numbers."""
+        """The contract must ask for one command of four entries, and for numeric streams that Meta-World has."""
+        sizes = [len(action.names) for action in self.contract.actions.values()]
+        if sizes != [len(_scale())] or next(iter(self.contract.actions.values())).publish != "step":
+            raise SimulationError(f"contract {self.contract.name!r}: actions of {sizes} entries; Meta-World obeys one "
+                                  f"action of {len(_scale())}, a message a step")  # fmt: skip
         vectors = self._vectors()
         for name, stream in self.contract.observations.items():
             if stream.type != VECTOR:

@@ -7,16 +7,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from vla_core.checkpoint import Execution
 from vla_core.config import ConfigError, from_dict, load_yaml, override
 from vla_core.errors import choices
 from vla_core.model.action_head.diffusion_action_head import DiffusionHeadConfig
+from vla_core.model.action_head.flow_action_head import FlowHeadConfig
 from vla_core.model.action_head.mlp_action_head import MLPHeadConfig
 from vla_core.model.vla.mini_vla import MiniVLAConfig
 from vla_core.model.vlm.vision_encoder import TinyCNNConfig
 from vla_core.observation.builder import ObservationSpec
 from vla_core.observation.normalizer import Normalization
 from vla_core.resources import share
+from vla_core.runtime.execution import Execution
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +28,7 @@ class MiniVLARecipe:
     horizon: int = 8
     d_model: int = 128
     vision: TinyCNNConfig = field(default_factory=TinyCNNConfig)
-    head: DiffusionHeadConfig | MLPHeadConfig = field(default_factory=DiffusionHeadConfig)
+    head: DiffusionHeadConfig | FlowHeadConfig | MLPHeadConfig = field(default_factory=DiffusionHeadConfig)
 
     def __post_init__(self) -> None:
         if self.horizon < 1:
@@ -89,9 +90,7 @@ class Recipe:
     training: Training = field(default_factory=Training)
 
     def __post_init__(self) -> None:
-        if self.execution.steps > self.model.horizon:
-            raise ConfigError(f"execution.steps: expected at most model.horizon ({self.model.horizon}), "
-                              f"found {self.execution.steps}")  # fmt: skip
+        self.execution.check(self.model.horizon, self.model.head)
 
 
 def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vla_core.errors import VlaError, choices
+from vla_core.model.action_head.guidance import ChunkPrefix
 
 Head = TypeVar("Head", bound="type[ActionHeadBase]")
 
@@ -40,8 +41,14 @@ class ActionHeadBase(nn.Module):
         """
 
     @abstractmethod
-    def predict(self, context: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Return the chunk (B, H, A) for ``context`` (B, D)."""
+    def predict(
+        self, context: Tensor, generator: torch.Generator | None = None, prefix: ChunkPrefix | None = None
+    ) -> Tensor:
+        """Return the chunk (B, H, A) for ``context`` (B, D), sampled to continue ``prefix`` where one is given.
+
+        A head whose config says ``guidable`` takes a prefix, any other refuses it; ``prefix`` None draws the same
+        noise as one of weights 0, and gives the same chunk.
+        """
 
 
 ACTION_HEAD_REGISTRY: dict[str, type[ActionHeadBase]] = {}
@@ -65,6 +72,28 @@ def build_action_head(config: Any, *, horizon: int, action_dim: int, context_dim
         raise VlaError(f"no action head {config.type!r} registered; choices: {choices(ACTION_HEAD_REGISTRY)}")
     cls = ACTION_HEAD_REGISTRY[config.type]
     return cls(config, horizon=horizon, action_dim=action_dim, context_dim=context_dim)
+
+
+class ChunkDenoiser(nn.Module):
+    """An MLP over the flattened noisy chunk, the embedded time and the context."""
+
+    def __init__(self, *, chunk_dim: int, time_dim: int, context_dim: int, hidden_dim: int, layers: int,
+                 embed: Callable[[Tensor, int], Tensor]) -> None:  # fmt: skip
+        super().__init__()
+        self.time_dim = time_dim
+        self.embed = embed
+        self.net = mlp(chunk_dim + time_dim + context_dim, hidden_dim, layers, chunk_dim)
+
+    def forward(self, x_t: Tensor, t: Tensor, context: Tensor) -> Tensor:
+        """``x_t`` (B, H, A), ``t`` (B,), ``context`` (B, D) -> (B, H, A)."""
+        time = self.embed(t, self.time_dim)
+        out: Tensor = self.net(torch.cat([x_t.flatten(1), time, context], dim=-1))
+        return out.view_as(x_t)
+
+
+def normal_like(x: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Return standard normal noise of the shape, type and device of ``x``."""
+    return torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
 
 
 def masked_mean(error: Tensor, mask: Tensor) -> Tensor:

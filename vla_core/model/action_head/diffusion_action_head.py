@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vla_core.config import ConfigError
+from vla_core.errors import VlaError
 from vla_core.model.action_head.base import (
     ActionHeadBase,
+    ChunkDenoiser,
     masked_mean,
-    mlp,
+    normal_like,
     register_action_head,
 )
+from vla_core.model.action_head.guidance import ChunkPrefix, guide
 from vla_core.model.action_head.schedule import (
     NoiseSchedule,
     ScheduleKind,
@@ -60,27 +64,17 @@ class DiffusionHeadConfig:
                 f"train_steps ({self.train_steps}), found {self.inference_steps}"
             )
 
+    @property
+    def guidable(self) -> bool:
+        """Whether a chunk can be sampled so that it continues another one; the published sampler is not a sampler."""
+        return self.sampler != "mini_vla_seed"
+
 
 def time_embedding(t: Tensor, dim: int) -> Tensor:
     """Return sines and cosines (B, dim) of ``t`` (B,) at frequencies from 1 to 1,000."""
     frequencies = torch.logspace(0.0, 3.0, dim // 2, device=t.device)
     angles = t[:, None] * frequencies  # (B, dim / 2)
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
-
-
-class ChunkDenoiser(nn.Module):
-    """An MLP over the flattened noisy chunk, the time and the context."""
-
-    def __init__(self, *, chunk_dim: int, time_dim: int, context_dim: int, hidden_dim: int, layers: int) -> None:
-        super().__init__()
-        self.time_dim = time_dim
-        self.net = mlp(chunk_dim + time_dim + context_dim, hidden_dim, layers, chunk_dim)
-
-    def forward(self, x_t: Tensor, t: Tensor, context: Tensor) -> Tensor:
-        """``x_t`` (B, H, A), ``t`` (B,) int64, ``context`` (B, D) -> (B, H, A)."""
-        time = time_embedding(t, self.time_dim)
-        out: Tensor = self.net(torch.cat([x_t.flatten(1), time, context], dim=-1))
-        return out.view_as(x_t)
 
 
 @register_action_head("diffusion")
@@ -96,6 +90,7 @@ class DiffusionActionHead(ActionHeadBase):
             context_dim=context_dim,
             hidden_dim=config.hidden_dim,
             layers=config.layers,
+            embed=time_embedding,
         )
 
     def loss(
@@ -113,26 +108,32 @@ class DiffusionActionHead(ActionHeadBase):
             generator=generator,
             device=actions.device,
         )
-        noise = _normal_like(actions, generator)
+        noise = normal_like(actions, generator)
         output = self.denoiser(self.schedule.add_noise(actions, t, noise), t, context)
         target = noise if self.config.prediction == "epsilon" else actions
         return masked_mean((output - target).square(), mask)
 
-    def predict(self, context: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def predict(
+        self, context: Tensor, generator: torch.Generator | None = None, prefix: ChunkPrefix | None = None
+    ) -> Tensor:
+        if prefix is not None and not self.config.guidable:
+            raise VlaError(f"the sampler {self.config.sampler!r} cannot be guided; choices: ddim, ddpm")
         times = inference_timesteps(self.config.train_steps, self.config.inference_steps)
-        x = _normal_like(context.new_empty(len(context), self.horizon, self.action_dim), generator)
+        x = normal_like(context.new_empty(len(context), self.horizon, self.action_dim), generator)
         for t, previous in zip(times, [*times[1:], -1], strict=True):
-            x = self._step(x, self._clean_estimate(x, t, context), t, previous, generator)
+            signal, noise = self.schedule.signal_and_noise(t)
+            x0 = guide(partial(self._clean_estimate, t=t, context=context), x, signal, noise, prefix)
+            if self.config.clip_sample is not None:  # after the guidance, which a clipped entry would not feel
+                x0 = x0.clamp(-self.config.clip_sample, self.config.clip_sample)
+            x = self._step(x, x0, t, previous, generator)
         return x
 
     def _clean_estimate(self, x_t: Tensor, t: int, context: Tensor) -> Tensor:
         time = torch.full((len(x_t),), t, dtype=torch.int64, device=x_t.device)
-        x0: Tensor = self.denoiser(x_t, time, context)
+        output: Tensor = self.denoiser(x_t, time, context)
         if self.config.prediction == "epsilon":
-            x0 = self.schedule.sample_from_epsilon(x_t, time, x0)
-        if self.config.clip_sample is not None:
-            x0 = x0.clamp(-self.config.clip_sample, self.config.clip_sample)
-        return x0
+            return self.schedule.sample_from_epsilon(x_t, time, output)
+        return output
 
     def _step(
         self,
@@ -144,11 +145,8 @@ class DiffusionActionHead(ActionHeadBase):
     ) -> Tensor:
         if self.config.sampler == "ddim":
             return self.schedule.ddim_step(x_t, x0, t, previous, torch.zeros_like(x_t))
-        noise = _normal_like(x_t, generator)
+        noise = normal_like(x_t, generator)
         if self.config.sampler == "ddpm":
             return self.schedule.ddpm_step(x_t, x0, t, previous, noise)
         return self.schedule.mini_vla_seed_step(x0, t, noise)
 
-
-def _normal_like(x: Tensor, generator: torch.Generator | None) -> Tensor:
-    return torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from vla_core.config import ConfigError
+from vla_core.errors import VlaError
 from vla_core.model.action_head.base import (
     ActionHeadBase,
     masked_mean,
     mlp,
     register_action_head,
 )
+from vla_core.model.action_head.guidance import ChunkPrefix
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +49,10 @@ class MLPActionHead(ActionHeadBase):
     ) -> Tensor:
         return masked_mean((self.predict(context) - actions).abs(), mask)
 
-    def predict(self, context: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def predict(
+        self, context: Tensor, generator: torch.Generator | None = None, prefix: ChunkPrefix | None = None
+    ) -> Tensor:
+        if prefix is not None:
+            raise VlaError("the head 'mlp' samples nothing that could be guided; choices: diffusion, flow")
         chunk: Tensor = self.net(context)
         return chunk.view(-1, self.horizon, self.action_dim)

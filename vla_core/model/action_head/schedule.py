@@ -116,6 +116,11 @@ class NoiseSchedule(nn.Module):
             return x0
         return (1.0 - self.betas[t]).sqrt() * x0 + self.betas[t].sqrt() * noise
 
+    def signal_and_noise(self, t: int) -> tuple[float, float]:
+        """Return the factors of x_0 and of the noise in x_t."""
+        abar = float(self.alpha_bar[t])
+        return math.sqrt(abar), math.sqrt(1.0 - abar)
+
     def _alpha_bar(self, t: int) -> Tensor:
         return self.alpha_bar[t] if t >= 0 else torch.ones_like(self.alpha_bar[0])
 

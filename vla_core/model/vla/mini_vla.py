@@ -16,6 +16,8 @@ from vla_core.config import ConfigError
 from vla_core.errors import VlaError, choices
 from vla_core.model.action_head.base import build_action_head
 from vla_core.model.action_head.diffusion_action_head import DiffusionHeadConfig
+from vla_core.model.action_head.flow_action_head import FlowHeadConfig
+from vla_core.model.action_head.guidance import ChunkPrefix
 from vla_core.model.action_head.mlp_action_head import MLPHeadConfig
 from vla_core.model.fusion.sensor_fusion import FusionMLP
 from vla_core.model.inputs import ModelInputs
@@ -36,7 +38,7 @@ class MiniVLAConfig:
     vocab_size: int
     d_model: int = 128
     vision: TinyCNNConfig = field(default_factory=TinyCNNConfig)
-    head: DiffusionHeadConfig | MLPHeadConfig = field(default_factory=DiffusionHeadConfig)
+    head: DiffusionHeadConfig | FlowHeadConfig | MLPHeadConfig = field(default_factory=DiffusionHeadConfig)
 
     def __post_init__(self) -> None:
         for name in ("state_dim", "action_dim", "horizon"):
@@ -93,9 +95,11 @@ class MiniVLA(nn.Module):
         return self.head.loss(self.encode(inputs), actions, mask, generator)
 
     @torch.no_grad()
-    def predict(self, inputs: ModelInputs, generator: torch.Generator | None = None) -> Tensor:
-        """Return the chunk (B, H, A) in normalized action units."""
-        return self.head.predict(self.encode(inputs), generator)
+    def predict(
+        self, inputs: ModelInputs, generator: torch.Generator | None = None, prefix: ChunkPrefix | None = None
+    ) -> Tensor:
+        """Return the chunk (B, H, A) in normalized action units, continuing ``prefix`` where one is given."""
+        return self.head.predict(self.encode(inputs), generator, prefix)
 
     def _check_cameras(self, inputs: ModelInputs) -> None:
         missing = [name for name in self.config.cameras if name not in inputs.images or name not in inputs.image_mask]

@@ -1,0 +1,9 @@
+"""A policy on a robot, behind the safety stage: `ros2 launch vla_ros policy.launch.py`."""
+
+from launch import LaunchDescription
+
+from vla_ros.launching import launch_description
+
+
+def generate_launch_description() -> LaunchDescription:
+    return launch_description("policy")

@@ -1,0 +1,9 @@
+"""Record a robot: `ros2 launch vla_ros record.launch.py`."""
+
+from launch import LaunchDescription
+
+from vla_ros.launching import launch_description
+
+
+def generate_launch_description() -> LaunchDescription:
+    return launch_description("record")

@@ -1,0 +1,65 @@
+"""Sampling a chunk that continues an older one: guidance of the estimated clean chunk, for flow and diffusion alike.
+
+Legend: a noisy chunk is x = signal * a + noise * epsilon. Flow matching has signal = 1 - t and noise = t; a diffusion
+has signal = sqrt(abar) and noise = sqrt(1 - abar). Dividing x by signal + noise turns the second into the first.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChunkPrefix:
+    """What a sampled chunk must continue, in normalized action units.
+
+    ``actions``       (H, A) the older plan on the new chunk's rows; any finite number where the weight is 0
+    ``weights``       (H,) in [0, 1], how much each row is to be kept
+    ``frozen``        the first rows, which are given: the sample has exactly these
+    ``max_guidance``  bound on the guidance weight, beta of Black et al. 2025
+    """
+
+    actions: Tensor
+    weights: Tensor
+    frozen: int
+    max_guidance: float
+
+
+def guidance_scale(signal: float, noise: float, max_guidance: float) -> float:
+    """How far the clean estimate moves along the vector-Jacobian product.
+
+    The velocity of a flow gets min(beta, (1 - tau) / (tau r^2)) with r^2 = (1 - tau)^2 / (tau^2 + (1 - tau)^2)
+    (Black et al. 2025, eq. 2 to 4; tau = 1 - t), which is (signal^2 + noise^2) / (signal noise); a step of dtau moves
+    the clean estimate by 1 - tau = noise times that. For a diffusion it is the same in its scaled coordinates, and
+    unbounded it is the guidance of PiGDM with r^2 = 1 - abar (Song et al. 2023, "Pseudoinverse-Guided Diffusion
+    Models for Inverse Problems"): for actions that are normally distributed with unit variance, the estimate then
+    arrives at the older plan where the weight is 1.
+    """
+    product = signal * noise
+    weight = (signal**2 + noise**2) / product if product > 0 else math.inf
+    return noise * min(max_guidance, weight)
+
+
+def guide(
+    estimate: Callable[[Tensor], Tensor], x: Tensor, signal: float, noise: float, prefix: ChunkPrefix | None
+) -> Tensor:
+    """Return ``estimate(x)``, the clean chunk (B, H, A) behind the noisy ``x``, moved towards ``prefix``.
+
+    The rows that are frozen are the prefix's own: on the way down they are thus the known actions with the noise they
+    started with, and the denoiser sees them so.
+    """
+    if prefix is None:
+        return estimate(x)
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        clean = estimate(x)
+        error = prefix.weights[:, None] * (prefix.actions - clean.detach())
+        (pull,) = torch.autograd.grad(clean, x, error)
+    guided = clean.detach() + guidance_scale(signal, noise, prefix.max_guidance) * pull
+    guided[:, : prefix.frozen] = prefix.actions[: prefix.frozen]
+    return guided

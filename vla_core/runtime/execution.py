@@ -1,0 +1,71 @@
+"""How chunks become commands: the strategy and its numbers, as data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from vla_core.config import ConfigError, from_dict, to_dict
+from vla_core.errors import choices
+
+Strategy = Literal["receding", "ensemble", "blend", "rtc"]
+STRATEGIES: tuple[str, ...] = get_args(Strategy)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Execution:
+    """Of each chunk the first ``steps`` rows run before the next inference is due.
+
+    ``strategy``             ``receding``: the newest chunk alone;
+                             ``ensemble``: the weighted mean of all chunks that cover the tick, ACT's (Zhao et al.
+                             2023, "Learning Fine-Grained Bimanual Manipulation with Low-Cost Hardware");
+                             ``blend``: a linear cross-fade from the old plan to the new chunk;
+                             ``rtc``: the newest chunk, sampled so that it continues the old one (Black, Galliker and
+                             Levine 2025, "Real-Time Execution of Action Chunking Flow Policies"); diffusion and flow
+                             heads only
+    ``ensemble_decay``       m of ACT's weights exp(-m i); i = 0 is the oldest chunk
+    ``blend_steps``          steps of the cross-fade, from the tick at which the new chunk takes over
+    ``max_guidance``         bound on RTC's guidance weight, the paper's beta
+    ``delay_window``         RTC expects the longest delay of this many last chunks
+    ``initial_delay_steps``  the delay that RTC expects before it has measured one
+    """
+
+    strategy: Strategy = "receding"
+    steps: int = 4
+    ensemble_decay: float = 0.01
+    blend_steps: int = 4
+    max_guidance: float = 5.0
+    delay_window: int = 10
+    initial_delay_steps: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "blend_steps", "delay_window"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}: expected at least 1, found {getattr(self, name)}")
+        if self.initial_delay_steps < 0:
+            raise ConfigError(f"initial_delay_steps: expected at least 0, found {self.initial_delay_steps}")
+        for name in ("ensemble_decay", "max_guidance"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ConfigError(f"{name}: expected a number from 0 on, found {getattr(self, name)}")
+
+    def changed(self, values: Mapping[str, Any]) -> Execution:
+        """This execution with plain ``values``, such as a node's parameters; strict as a file is."""
+        return from_dict(Execution, {**to_dict(self), **values}, "execution")
+
+    def check(self, horizon: int, head: Any) -> None:
+        """Raise :class:`ConfigError` unless chunks of ``horizon`` rows of the head with config ``head`` allow it."""
+        if self.steps > horizon:
+            raise ConfigError(f"execution.steps: expected at most model.horizon ({horizon}), found {self.steps}")
+        if self.strategy != "receding" and self.steps == horizon:
+            raise ConfigError(
+                f"execution.steps: {self.strategy} needs chunks that overlap, expected at most model.horizon - 1 "
+                f"({horizon - 1}), found {self.steps}; or take the strategy receding"
+            )
+        if self.strategy == "rtc" and not getattr(head, "guidable", False):
+            sampler = f" with the sampler {head.sampler!r}" if hasattr(head, "sampler") else ""
+            raise ConfigError(
+                f"execution.strategy: found 'rtc', which guides the sampling; the head {head.type!r}{sampler} cannot "
+                f"be guided; choices for it: {choices(set(STRATEGIES) - {'rtc'})}; heads that can be guided: "
+                "diffusion (samplers ddim, ddpm), flow"
+            )

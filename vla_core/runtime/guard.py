@@ -1,0 +1,259 @@
+"""One action's commands held to the contract's limits: what was sent last, and what may be sent next."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from vla_core.contract import Action, Axis
+from vla_core.runtime.motion import INF, ROUNDING, Bounds, State, reach, reach_velocity, rest, rest_periods
+
+MAX_ROWS = 1000  # of a stop's trajectory
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A bound on the size of a chain's ``order``-th derivative (1: velocity), in units of the period."""
+
+    name: str
+    order: int
+    size: float
+    contract_size: float
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One number of an action as a chain of position, velocity and acceleration in units of the period.
+
+    A position command is the chain's x. A velocity command is its v times the period, and x where the robot was
+    measured. Of an effort only the change is limited: it is taken for v.
+    """
+
+    name: str
+    unit: str
+    is_position: bool
+    scale: float  # chain's number per contract's number
+    low: float
+    high: float
+    safe_zero: bool
+    axis: Axis | None
+    bounds: Bounds
+    limits: tuple[Limit, ...]
+
+    def value(self, state: State) -> float:
+        """The command that a state stands for, in the contract's unit."""
+        return state.x if self.is_position else state.v / self.scale
+
+    def reach(self, state: State, value: float, slope: float) -> State:
+        """One period on the way to command ``value``, which changes by ``slope`` per period."""
+        if self.is_position:
+            return reach(self.bounds, state, value, slope)
+        return reach_velocity(self.bounds, state, value * self.scale, slope * self.scale)
+
+    def stop(self, state: State) -> State:
+        """One period on the way to the declared safe action."""
+        if self.safe_zero:
+            return self.reach(state, 0.0, 0.0)
+        return rest(self.bounds, state) if self.is_position else self.reach(state, self.value(state), 0.0)
+
+    def at_rest(self, state: State) -> bool:
+        """Whether :meth:`stop` has come to its end."""
+        goal = 0.0 if self.safe_zero else self.value(state)
+        return abs(state.a) <= ROUNDING and abs(self.value(state) - goal) <= ROUNDING and (
+            not self.is_position or abs(state.v) <= ROUNDING
+        )  # fmt: skip
+
+    def asked(self, before: State, value: float, periods: int) -> State:
+        """The chain if ``value`` came ``periods`` after ``before``."""
+        v = (value - before.x) / periods if self.is_position else value * self.scale
+        return State(value if self.is_position else before.x, v, (v - before.v) / periods)
+
+    def broken(self, before: State, after: State, periods: int) -> list[tuple[str, str]]:
+        """Name and description of every limit that a step from ``before`` to ``after`` breaks."""
+        found = []
+        value = self.value(after)
+        slack = ROUNDING * (1 + abs(after.x))
+        if not self.low - slack <= value <= self.high + slack:
+            found.append(("bounds", f"{self.name} {value:.4g} {self.unit}, bounds {self.low:.4g} to {self.high:.4g}"))
+        sizes = (0.0, abs(after.v), abs(after.a), abs(after.a - before.a) / periods)
+        for limit in self.limits:
+            size = sizes[limit.order]
+            if size > limit.size + slack:
+                found.append((limit.name, f"{self.name} {size / limit.size * limit.contract_size:.4g}, "
+                                          f"limit {limit.contract_size:.4g}"))  # fmt: skip
+        return found
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """Commands (H, A) that keep the limits, the states behind the last one, and what had to be changed and why.
+
+    ``causes`` maps the names of broken limits to a description; ``own`` holds those that the candidates break among
+    themselves, wherever the output is.
+    """
+
+    rows: np.ndarray
+    states: tuple[tuple[State, ...], ...]  # per row, per entry
+    altered: bool = False
+    causes: dict[str, str] = dataclasses.field(default_factory=dict)
+    own: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+class Guard:
+    """The chains of one action: ``propose``, ``hold`` and ``stop`` are what may be sent, ``commit`` what was.
+
+    Position commands start at rest: where the robot was measured, else at the first candidate.
+    """
+
+    def __init__(self, action: Action, period_s: float, axes: Sequence[Axis] = ()) -> None:
+        self.action = action
+        self.entries = _entries(action, period_s, {axis.action: axis for axis in axes})
+        self.states: tuple[State, ...] | None = None
+        self._asked: tuple[State, ...] | None = None  # the last candidate
+        if action.kind != "position":
+            self.states = self._asked = tuple(State() for _ in self.entries)
+
+    def start(self, values: np.ndarray) -> None:
+        """Be at rest at the positions ``values`` (A,)."""
+        self.states = self._asked = tuple(State(float(value)) for value in values)
+
+    def place(self, position: dict[str, float], periods: float) -> None:
+        """Correct the chains of velocity commands by what was measured ``periods`` ago."""
+        assert self.states is not None, "only velocities are placed, and they start at 0"
+        self.states = tuple(
+            state._replace(x=position[entry.axis.position] + periods * state.v)
+            if entry.axis is not None and not entry.is_position else state
+            for entry, state in zip(self.entries, self.states, strict=True)
+        )  # fmt: skip
+
+    def propose(self, values: np.ndarray, periods: int) -> Proposal:
+        """What comes nearest to the candidate ``values`` (A,), ``periods`` after the last commit; remembers it."""
+        if self.states is None or self._asked is None:
+            self.start(np.clip(values, self.action.low, self.action.high))
+        assert self.states is not None and self._asked is not None
+        asked, states, out = [], [], []
+        causes: dict[str, str] = {}
+        own: dict[str, str] = {}
+        altered = False
+        for entry, state, before, value in zip(self.entries, self.states, self._asked, values.tolist(), strict=True):
+            after = entry.asked(before, value, periods)
+            own |= dict(entry.broken(before, after, periods))
+            asked.append(after)
+            first, last = (min(max(v, entry.low), entry.high) for v in (entry.value(before), value))
+            moved = state
+            for k in range(1, periods + 1):
+                moved = entry.reach(moved, first + (last - first) * k / periods, (last - first) / periods)
+            if abs(entry.value(moved) - value) <= ROUNDING * (1 + abs(value)):
+                out.append(value)
+            else:
+                altered = True
+                out.append(min(max(entry.value(moved), entry.low), entry.high)
+                           if entry.low <= entry.value(state) <= entry.high else entry.value(moved))  # fmt: skip
+                needed = entry.asked(state, value, periods)
+                causes |= dict(entry.broken(state, needed, periods)) or {_wall(entry): f"{entry.name} cannot stop "
+                                                                                       "before its bound"}  # fmt: skip
+                if entry.axis is not None and entry.is_position and _outside(entry.axis, value):
+                    causes["workspace"] = f"{entry.name} {value:.4g} {entry.unit}, outside the workspace"
+            states.append(moved)
+        self._asked = tuple(asked)
+        return Proposal(np.array([out]), (tuple(states),), altered, causes, own)
+
+    def hold(self, periods: int) -> Proposal | None:
+        """On the way to repeating the last command for ever."""
+        return self._repeat(lambda entry, state: entry.reach(state, entry.value(state), 0.0), periods)
+
+    def stop(self, periods: int) -> Proposal | None:
+        """On the way to the declared safe action; None when something must be held and nothing was commanded yet."""
+        return self._repeat(lambda entry, state: entry.stop(state), periods)
+
+    def stop_rows(self) -> Proposal | None:
+        """The whole way to the declared safe action, a row per period."""
+        if self.states is None:
+            return None
+        rows, states = [], [self.states]
+        while len(rows) < MAX_ROWS and not (rows and self._rests(states[-1])):
+            states.append(tuple(entry.stop(s) for entry, s in zip(self.entries, states[-1], strict=True)))
+            rows.append(self._values(states[-1]))
+        return Proposal(np.stack(rows), tuple(states[1:]), altered=True)
+
+    def commit(self, proposal: Proposal, row: int = -1) -> None:
+        """The rows of ``proposal`` up to ``row`` were sent."""
+        self.states = proposal.states[row]
+
+    @property
+    def rests(self) -> bool:
+        """Whether the last command was the declared safe action, or none was sent."""
+        return self.states is None or self._rests(self.states)
+
+    def stop_periods(self) -> int:
+        """Bound on the periods that a stop from here takes, where positions are held and not sent to zero."""
+        if self.states is None:
+            return 0
+        lengths = []
+        for entry, state in zip(self.entries, self.states, strict=True):
+            if entry.is_position:
+                lengths.append(rest_periods(entry.bounds, state))
+            else:  # v and a are a chain of their own, one derivative further up
+                chain = Bounds(acceleration=entry.bounds.jerk)
+                goal = 0.0 if entry.safe_zero else state.v
+                ramp = abs(state.v - goal) / entry.bounds.acceleration
+                released = State(v=state.a, a=0.0)
+                lengths.append(2 * rest_periods(chain, released) + 2 * ramp
+                               + 4 * math.sqrt(abs(state.v - goal) / entry.bounds.jerk))  # fmt: skip
+        return math.ceil(max(lengths))
+
+    def _repeat(self, step, periods: int) -> Proposal | None:  # type: ignore[no-untyped-def]
+        if self.states is None:
+            return None
+        states = self.states
+        for _ in range(periods):
+            states = tuple(step(entry, state) for entry, state in zip(self.entries, states, strict=True))
+        return Proposal(self._values(states)[None, :], (states,), altered=True)
+
+    def _rests(self, states: tuple[State, ...]) -> bool:
+        return all(entry.at_rest(state) for entry, state in zip(self.entries, states, strict=True))
+
+    def _values(self, states: tuple[State, ...]) -> np.ndarray:
+        return np.array([entry.value(state) for entry, state in zip(self.entries, states, strict=True)])
+
+
+def _wall(entry: Entry) -> str:
+    return "workspace" if entry.axis is not None else "bounds"
+
+
+def _outside(axis: Axis, value: float) -> bool:
+    return not axis.low <= value <= axis.high
+
+
+def _entries(action: Action, period_s: float, axes: dict[str, Axis]) -> tuple[Entry, ...]:
+    """The chains of an action; ``axes`` by the entry's name."""
+    out = []
+    limits = action.limits
+    for i, name in enumerate(action.names):
+        low, high = action.low[i], action.high[i]
+        axis = axes.get(name)
+        is_position = action.kind == "position"
+        scale = period_s if action.kind == "velocity" else 1.0
+        # A rate is the change of the values themselves, whatever derivative they are.
+        orders = {"velocity": 1, "acceleration": 2, "jerk": 3, "rate": 1 if is_position else 2}
+        found = [
+            Limit(key, order, getattr(limits, key)[i] * period_s ** (order if key != "rate" else 1)
+                  * (scale if key == "rate" else 1.0), getattr(limits, key)[i])
+            for key, order in orders.items() if getattr(limits, key)
+        ]  # fmt: skip
+        sizes = {order: min([limit.size for limit in found if limit.order == order], default=INF) for order in (1, 2, 3)}
+        if is_position:
+            if axis is not None:
+                low, high = max(low, axis.low), min(high, axis.high)
+            bounds = Bounds(low=low, high=high, v_low=-sizes[1], v_high=sizes[1], acceleration=sizes[2], jerk=sizes[3])
+        else:
+            walls = {} if axis is None else {"low": axis.low, "high": axis.high}
+            bounds = Bounds(**walls, v_low=max(low * scale, -sizes[1]), v_high=min(high * scale, sizes[1]),
+                            acceleration=sizes[2], jerk=sizes[3])  # fmt: skip
+        out.append(Entry(name, action.units[i], is_position, scale, low, high, action.safe[i] == "zero", axis, bounds,
+                         tuple(found)))  # fmt: skip
+    return tuple(out)

@@ -1,0 +1,71 @@
+"""What the policy node counts and tells: numbers and faults, without the node."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from vla_core.contract import NANOSECONDS
+from vla_core.evaluation.metrics import percentile
+from vla_core.runtime.core import PolicyCore
+
+MAX_FAULTS = 4  # named in one diagnostic message
+
+
+@dataclass
+class Counts:
+    """Since the node was made; ``late_ticks`` are control periods of more than one and a half times their length."""
+
+    commands: int = 0
+    safe_commands: int = 0
+    chunks: int = 0
+    faults: int = 0
+    late_ticks: int = 0
+    instruction_changes: int = 0
+
+    def as_dict(self) -> dict[str, int]:
+        """Name to count."""
+        return dataclasses.asdict(self)
+
+
+class Faults:
+    """The last fault, and the first ones since they were taken: those name the cause, what follows are consequences."""
+
+    def __init__(self) -> None:
+        self.last = ""
+        self._first: list[str] = []
+
+    def note(self, text: str) -> None:
+        """Keep a fault."""
+        self.last = text
+        if len(self._first) < MAX_FAULTS and text not in self._first:
+            self._first.append(text)
+
+    def take(self) -> list[str]:
+        """The first ones since the last call."""
+        taken, self._first = self._first, []
+        return taken
+
+
+def percentiles(name: str, samples: Sequence[float]) -> dict[str, float | None]:
+    """``<name>_p50`` and ``<name>_p99``; None without samples."""
+    found = list(samples.copy()) if hasattr(samples, "copy") else list(samples)  # in one step: a worker may append
+    return {f"{name}_p50": percentile(found, 50), f"{name}_p99": percentile(found, 99)}
+
+
+def sensor_values(core: PolicyCore, at_ns: int) -> dict[str, tuple[str, dict[str, float | int | str | None]]]:
+    """Per stream: what is wrong with it (empty: nothing), and its rate, age, duplicates and losses."""
+    out: dict[str, tuple[str, dict[str, float | int | str | None]]] = {}
+    reasons = {reason.split(" ")[0]: reason for reason in core.builder.absent(core.buffer, at_ns)}
+    for name, stream in core.builder.streams.items():
+        statistics = core.buffer.statistics(name)
+        newest_ns = core.buffer.newest_ns(name)
+        values: dict[str, float | int | str | None] = {
+            "topic": stream.topic,
+            "age_s": None if newest_ns is None else (at_ns - newest_ns) / NANOSECONDS,
+            "expected_hz": stream.rate_hz,
+            **dataclasses.asdict(statistics),
+        }
+        out[name] = (reasons.get(name, ""), values)
+    return out
