@@ -1,4 +1,4 @@
-"""The ``vla`` command's parts that need no ROS: convert, train, evaluate, replay, inspect.
+"""The ``vla`` command's parts that need no ROS: convert, train, evaluate, latency, replay, inspect.
 
 ``vla_ros.cli`` adds what starts nodes. Errors of the user's making are one line on stderr and exit status 1.
 """
@@ -61,8 +61,29 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     evaluate.add_argument("--max-steps", type=positive, default=200)
     evaluate.add_argument("--instruction", help="default: the task's own")
     evaluate.add_argument("--black-camera", action="store_true")
+    evaluate.add_argument(
+        "--strategy", nargs="+", metavar="NAME",
+        help="how chunks are executed: receding, ensemble, blend, rtc; default: the checkpoint's; several make a table",
+    )  # fmt: skip
+    evaluate.add_argument(
+        "--delay-steps", type=not_negative, nargs="+", default=[0], metavar="N",
+        help="control steps until a chunk comes into force, while the world goes on; several make a table",
+    )  # fmt: skip
+    evaluate.add_argument(
+        "--execution", nargs="+", default=[], metavar="key=value", help="further changes to it, such as steps=3"
+    )
     evaluate.add_argument("--out", type=Path, help="JSON file for the figures and every episode's outcome")
     evaluate.set_defaults(run=_evaluate)
+
+    latency = commands.add_parser("latency", help="chunk execution under latency, without simulator and checkpoint")
+    latency.add_argument("--strategy", nargs="+", metavar="NAME", help="default: all of them")
+    latency.add_argument("--latency-ms", type=not_negative, nargs="+", metavar="MS", help="default: 0 to 500")
+    latency.add_argument("--jitter", type=float, default=0.2, help="share by which each chunk's latency may differ")
+    latency.add_argument("--trials", type=positive, default=20, help="seeds for each row")
+    latency.add_argument("--seed", type=not_negative, default=0)
+    latency.add_argument("--head", choices=("flow", "diffusion"), default="flow")
+    latency.add_argument("--out", type=Path, required=True, help="folder for latency.json and latency.png")
+    latency.set_defaults(run=_latency)
 
     replay = commands.add_parser("replay", help="open-loop error of a checkpoint on recorded bags, with plots")
     replay.add_argument("checkpoint", type=Path)
@@ -154,39 +175,67 @@ def _train(parsed: argparse.Namespace) -> int:
 
 
 def _evaluate(parsed: argparse.Namespace) -> int:
-    import dataclasses
-
-    from vla_core.evaluation.closed_loop import evaluate
-    from vla_core.evaluation.metrics import wilson_interval
+    from vla_core.config import override
+    from vla_core.evaluation.closed_loop import study
     from vla_core.progress import bar
-    from vla_core.runtime.core import PolicyCore
     from vla_core.runtime.policy import Policy
     from vla_core.sim.metaworld import MetaWorld, instruction_for
 
-    core = PolicyCore(Policy.load(parsed.checkpoint))
-    camera = parsed.camera or core.policy.checkpoint.config.provenance.get("camera", "corner2")
-    world = MetaWorld(parsed.task, camera, core.contract, black_camera=parsed.black_camera)
+    policy = Policy.load(parsed.checkpoint)
+    own = policy.checkpoint.config.execution
+    changes = override({}, parsed.execution)
+    executions = [own.changed({**changes, "strategy": name}) for name in parsed.strategy or [own.strategy]]
+    for execution in executions:
+        execution.check(policy.checkpoint.config.model.horizon, policy.checkpoint.config.model.head)
+    camera = parsed.camera or policy.checkpoint.config.provenance.get("camera", "corner2")
+    world = MetaWorld(parsed.task, camera, policy.contract, black_camera=parsed.black_camera)
     instruction = instruction_for(parsed.task) if parsed.instruction is None else parsed.instruction
     seeds = range(parsed.seed, parsed.seed + parsed.episodes)
-    outcomes: list[bool] = []
-    with bar("evaluate", parsed.episodes) as advance:
-
-        def note(success: bool) -> None:
-            outcomes.append(success)
-            advance(len(outcomes), f"{sum(outcomes)} of {len(outcomes)} succeeded")
-
-        results = evaluate(world, core, instruction, seeds, parsed.max_steps, lambda r: note(r.success))
-    low, high = wilson_interval(sum(outcomes), len(outcomes))
-    rate = sum(outcomes) / max(1, len(outcomes))
-    print(f"success {rate:.2f} (95 % interval {low:.2f} to {high:.2f}) over {len(outcomes)} episodes of {parsed.task}")
+    with bar("evaluate", len(executions) * len(parsed.delay_steps) * parsed.episodes) as advance:
+        runs = study(world, policy, executions, parsed.delay_steps, instruction, seeds, parsed.max_steps, advance)
+    for run in runs:
+        low, high = run["success_ci95"]
+        jump = "none" if run["boundary_jump"] is None else f"{run['boundary_jump']:.4f}"
+        print(f"success {run['success_rate']:.2f} (95 % interval {low:.2f} to {high:.2f}) over {run['trials']} episodes "
+              f"of {parsed.task}: {run['execution']['strategy']}, chunks {run['delay_steps']} steps late, boundary jump "
+              f"{jump}")  # fmt: skip
     if parsed.out:
         record = {
             "checkpoint": str(parsed.checkpoint), "task": parsed.task, "camera": camera,
-            "instruction": instruction, "max_steps": parsed.max_steps, "success_rate": rate,
-            "success_ci95": [low, high], "episodes": [dataclasses.asdict(result) for result in results],
+            "instruction": instruction, "max_steps": parsed.max_steps, "runs": runs,
         }  # fmt: skip
         parsed.out.parent.mkdir(parents=True, exist_ok=True)
         parsed.out.write_text(json.dumps(record, indent=1), encoding="utf-8")
+    return 0
+
+
+def _latency(parsed: argparse.Namespace) -> int:
+    import dataclasses
+
+    import torch
+
+    from vla_core.evaluation import plots
+    from vla_core.evaluation.latency_bench import BenchOptions, bench
+    from vla_core.progress import bar
+
+    torch.set_num_threads(1)  # its matrices are small
+    options = BenchOptions(jitter=parsed.jitter, trials=parsed.trials, seed=parsed.seed, head=parsed.head)
+    if parsed.strategy:
+        options = dataclasses.replace(options, strategies=tuple(parsed.strategy))
+    if parsed.latency_ms:
+        options = dataclasses.replace(options, latencies_ms=tuple(float(ms) for ms in parsed.latency_ms))
+    with bar("latency", len(options.strategies) * len(options.latencies_ms)) as advance:
+        rows = bench(options, advance)
+    parsed.out.mkdir(parents=True, exist_ok=True)
+    record = {"options": dataclasses.asdict(options), "rows": rows}
+    (parsed.out / "latency.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+    plots.save(plots.latency_study(rows), parsed.out / "latency.png")
+    for row in rows:
+        low, high = row["success_ci95"]
+        jump = "none" if row["boundary_jump"] is None else f"{row['boundary_jump']:.4f}"
+        print(f"{row['strategy']:<9} {row['latency_ms']:>4.0f} ms: success {row['success_rate']:.2f} "
+              f"({low:.2f} to {high:.2f}), boundary jump {jump}, roughness {row['roughness']:.3f}")  # fmt: skip
+    print(f"latency.json and latency.png in {parsed.out}")
     return 0
 
 

@@ -1,7 +1,8 @@
 """Typed configuration trees: strict ``from_dict``/``to_dict`` over dataclasses, YAML files, ``key=value`` overrides.
 
 Unknown keys, wrong types and wrong tags fail with the dotted path and the choices. A union of dataclasses is told
-apart by a field ``type`` whose annotation is a ``Literal``.
+apart by a field ``type`` whose annotation is a ``Literal``. A field that outsiders may extend is annotated with a
+registry, ``Annotated[Any, REGISTRY]``: a dict from tag to a class whose attribute ``Config`` is the dataclass.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
+from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 
@@ -78,6 +80,10 @@ def override(data: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]
 
 def _decode(annotation: Any, data: Any, path: str) -> Any:
     origin = get_origin(annotation)
+    if origin is Annotated:
+        inner, *extras = get_args(annotation)
+        registry = next((extra for extra in extras if isinstance(extra, dict)), None)
+        return _decode(inner, data, path) if registry is None else _decode_registered(registry, data, path)
     if annotation is Any:
         return data
     if dataclasses.is_dataclass(annotation):
@@ -100,7 +106,7 @@ def _decode_dataclass(cls: type[Any], data: Any, path: str) -> Any:
     for key in data:
         if key not in fields:
             raise ConfigError(f"{_join(path, str(key))}: unknown key; choices: {choices(fields)}")
-    hints = typing.get_type_hints(cls)
+    hints = typing.get_type_hints(cls, include_extras=True)
     values = {}
     for name, field in fields.items():
         if name in data:
@@ -111,6 +117,27 @@ def _decode_dataclass(cls: type[Any], data: Any, path: str) -> Any:
         return cls(**values)
     except ConfigError as error:  # a class's own check knows its field, not its place in the tree
         raise ConfigError(_join(path, str(error)) if path else str(error)) from None
+
+
+def _decode_registered(registry: Mapping[str, Any], data: Any, path: str) -> Any:
+    """A part by its tag; tags that are not registered are looked for in the installed plug-ins."""
+    if data is None:
+        return None
+    tag = data.get("type") if isinstance(data, Mapping) else None
+    if tag not in registry:
+        load_plugins()
+    if not isinstance(tag, str) or tag not in registry:
+        raise ConfigError(f"{_join(path, 'type')}: found {tag!r}, expected one of {choices(registry)}")
+    config: Any = getattr(registry[tag], "Config", None)
+    if not dataclasses.is_dataclass(config):
+        raise ConfigError(f"{_join(path, 'type')}: {tag!r} is registered without a dataclass as its Config")
+    return _decode(config, data, path)
+
+
+def load_plugins() -> None:
+    """Import the modules of the entry points ``vla_ros.plugins`` of installed packages; they register their parts."""
+    for point in entry_points(group="vla_ros.plugins"):
+        point.load()
 
 
 def _decode_literal(annotation: Any, data: Any, path: str) -> Any:

@@ -151,6 +151,9 @@ class Action:
         for name, low, high in zip(self.names, self.low, self.high, strict=True):
             if not low < high:
                 raise ConfigError(f"low: {name} has low {low} and high {high}; low must be below high")
+        for name, low, high, safe in zip(self.names, self.low, self.high, self.safe, strict=True):
+            if safe == "zero" and not low <= 0 <= high:
+                raise ConfigError(f"safe: {name} has zero, which is not between its bounds {low} and {high}")
         for key in ("velocity", "acceleration", "jerk", "rate"):
             bounds = getattr(self.limits, key)
             if len(bounds) not in (0, len(self.names)) or not all(bound > 0 for bound in bounds):
@@ -262,6 +265,8 @@ class RobotContract:
         for name in self.safety.sensors or ():
             if name not in self.observations:
                 raise ConfigError(f"safety.sensors: no observation {name!r}; choices: {choices(self.observations)}")
+            if self.observations[name].max_age_s is None:
+                raise ConfigError(f"safety.sensors: {name} has no max_age_s, so nothing tells when it is lost")
         workspace = self.safety.workspace
         if workspace is None:
             return
@@ -269,8 +274,18 @@ class RobotContract:
             raise ConfigError(
                 f"safety.workspace.stream: no observation {workspace.stream!r}; choices: {choices(self.observations)}"
             )
+        if self.observations[workspace.stream].max_age_s is None:
+            raise ConfigError(f"safety.workspace.stream: {workspace.stream} has no max_age_s")
+        moved = [axis.action for axis in workspace.axes]
+        if len(set(moved)) != len(moved):
+            raise ConfigError(f"safety.workspace.axes: expected one axis per action, found {', '.join(moved)}")
+        still = [name for a in self.actions.values() for name, safe in zip(a.names, a.safe, strict=True)
+                 if a.kind == "velocity" and safe != "zero"]  # fmt: skip
         seen = self.observations[workspace.stream].names
         for axis in workspace.axes:
+            if axis.action in still:
+                raise ConfigError(f"safety.workspace.axes: velocity {axis.action} holds when it should stop; its safe "
+                                  "must be zero")  # fmt: skip
             if axis.position not in seen:
                 raise ConfigError(f"safety.workspace.axes: no {axis.position!r} in {workspace.stream}; "
                                   f"choices: {choices(seen)}")  # fmt: skip

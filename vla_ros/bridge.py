@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -34,19 +35,26 @@ def message_class(type_name: str) -> Any:
         raise VlaError(f"message type {type_name!r} is not installed; install the package {package!r}") from None
 
 
-def stream_qos(stream: Stream, depth: int = 10) -> QoSProfile:
+def queue_depth(stream: Stream) -> int:
+    """Messages that wait in the middleware: half a second of them, for the time that a callback may be kept waiting."""
+    return max(10, math.ceil((stream.rate_hz or 0.0) / 2))
+
+
+def stream_qos(stream: Stream, depth: int | None = None) -> QoSProfile:
     """QoS of a contract stream; a latched one is transient-local, so that late joiners get its value."""
     if stream.latched:
         return QoSProfile(depth=1, reliability=ReliabilityPolicy.RELIABLE, durability=DurabilityPolicy.TRANSIENT_LOCAL)
     reliable = stream.reliability == "reliable"
     return QoSProfile(
-        depth=depth,
+        depth=depth or queue_depth(stream),
         history=HistoryPolicy.KEEP_LAST,
         reliability=ReliabilityPolicy.RELIABLE if reliable else ReliabilityPolicy.BEST_EFFORT,
     )
 
 
-def subscribe_stream(node: Node, stream: Stream, callback: Callable[[bytes], None], depth: int = 10) -> Subscription:
+def subscribe_stream(
+    node: Node, stream: Stream, callback: Callable[[bytes], None], depth: int | None = None
+) -> Subscription:
     """Subscribe to the serialized messages of a stream: callbacks store bytes, decoding comes later.
 
     The contract's QoS can be overridden by ROS 2's parameters ``qos_overrides./<topic>.subscription.<policy>``.

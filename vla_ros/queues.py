@@ -13,7 +13,7 @@ LARGE_BYTES = {
     "sensor_msgs/msg/CompressedImage": 1_000_000,
     "sensor_msgs/msg/PointCloud2": 4_000_000,
 }
-SMALL_BYTES = 4096
+SMALL_BYTES = 2048
 SMALL_DEPTH = 1000
 LEAST_DEPTH = 4  # of large messages: what a reader that is held up for a tenth of a second needs at 30 Hz
 
@@ -33,6 +33,6 @@ def queue_depths(types: Sequence[str], budget: int) -> list[int]:
         least = small + len(large) * max(large, default=0) * LEAST_DEPTH
         raise VlaError(
             f"{len(types)} topics, {len(large)} of them of images or points, need queues of {least / MEGABYTE:.0f} MB, "
-            f"and there are {budget / MEGABYTE:.0f}; raise max_memory_mb or choose fewer streams"
+            f"and there are {budget / MEGABYTE:.0f}; raise max_memory_mb or choose fewer topics"
         )
     return [min(SMALL_DEPTH, share // LARGE_BYTES[name]) if name in LARGE_BYTES else SMALL_DEPTH for name in types]

@@ -18,9 +18,8 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import Future, TimeoutError
+from concurrent.futures import TimeoutError
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -81,15 +80,14 @@ class RecorderNode(Node):
         declare(self, "min_free_mb", 500, "free disk, MB, below which nothing is recorded", low=0, high=10**9)
         declare(self, "max_memory_mb", 512, "what may wait to be written, MB: here and in the middleware", low=1,
                 high=10**6)  # fmt: skip
-        self.bags: list[Path] = []
         self._recording: Recording | None = None
         self._start_ns = 0
         self._end_ns: int | None = None
         self._next_index = 0
         self._latched: dict[str, bytes] = {}
         self._in_hand: tuple[str, bytes, MessageInfo] | None = None
-        self._refused = ""  # why no episode can begin, or why the last one could not
-        self._clock_gap_ns = 0  # between the newest stamp and the node's clock
+        self._refused = ""  # why the last episode was not recorded
+        self._clock_gap_ns = 0  # between the newest message's stamp and the node's clock
         self._dropped: Counter[str] = Counter()
         self._losses = LossCounter()
         self._bytes = self._messages = 0
@@ -110,6 +108,7 @@ class RecorderNode(Node):
         # its way. Topics overtake one another.
         self._early = EarlyArrivals(budget, EARLY_NS)
         self._thread = RecordingThread(budget)
+        self.bags = self._thread.whole
         self._topics = {feed.topic: (feed.type, feed.latched) for feed in feeds}
         self._topics[EPISODE_TOPIC] = (EPISODE_TYPE, True)
         self._feeds: dict[str, Subscription] = {}
@@ -139,10 +138,11 @@ class RecorderNode(Node):
         """Service: begin an episode now, for robots on which nobody publishes marks."""
         if self._recording is not None:
             return _answer(response, False, f"{self._recording.path} is being recorded; call stop or discard first")
+        refusal = self._refusal(self._clock_gap_ns)
+        if refusal:
+            return _answer(response, False, refusal)
         self._on_mark(self._mark(Episode.START))
-        # The mark above cannot have changed what mypy still takes for None.
-        begun: Recording | None = self._recording
-        return _answer(response, begun is not None, str(begun.path) if begun else self._refused)
+        return _answer(response, True, str(self._output / f"episode_{self._next_index - 1:06d}"))
 
     def _on_stop(self, request: Any, response: Any) -> Any:
         """Service: end the episode and keep it as a success."""
@@ -241,9 +241,10 @@ class RecorderNode(Node):
             if self._recording is not None:
                 self.get_logger().warning("a new episode began before the last one ended; the last one is aborted")
                 self._close("aborted")
-            self._refused = self._refusal(abs(stamp_ns - self._now_ns()))
-            if self._refused:
-                self.get_logger().error(f"episode {mark.index} is not recorded: {self._refused}")
+            refusal = self._refusal(abs(stamp_ns - self._now_ns()))
+            self._refused = f"episode {mark.index} was not recorded: {refusal}" if refusal else ""
+            if refusal:
+                self.get_logger().error(self._refused)
                 return
             self._open(mark, stamp_ns, data)
         elif self._recording is not None:
@@ -278,7 +279,6 @@ class RecorderNode(Node):
         }  # fmt: skip
         path = self._output / f"episode_{self._next_index:06d}"
         self._recording = self._thread.open(path, metadata, self._topics)
-        self._recording.closed.add_done_callback(partial(self._on_closed, self._recording))
         self._next_index += 1
         self._start_ns, self._end_ns = stamp_ns, None
         for topic, latest in ((EPISODE_TOPIC, data), *self._latched.items()):
@@ -304,11 +304,6 @@ class RecorderNode(Node):
         self.get_logger().info(f"{recording.path}: {recording.messages} messages, {outcome}{dropped}")
         recording.close({"outcome": outcome})
 
-    def _on_closed(self, recording: Recording, closed: Future[None]) -> None:
-        """In the thread that writes: keep the names of the bags that are whole."""
-        if closed.exception() is None and recording.path.exists():
-            self.bags.append(recording.path)
-
     def _check(self) -> None:
         """Once a second: the disk, the thread's health, and the diagnostics."""
         self._thread.check()
@@ -317,11 +312,9 @@ class RecorderNode(Node):
             self.get_logger().error(f"{self._recording.path} ends as aborted: {refusal}")
             self._drain()
             self._close("aborted")
-        if refusal or self._recording is not None:
-            self._refused = refusal
-        self._publish_diagnostics()
+        self._publish_diagnostics(refusal)
 
-    def _publish_diagnostics(self) -> None:
+    def _publish_diagnostics(self, refusal: str) -> None:
         now_ns, dropped = time.monotonic_ns(), self._dropped.total()
         bytes_before, dropped_before, before_ns = self._reported
         self._reported = (self._bytes, dropped, now_ns)
@@ -332,7 +325,9 @@ class RecorderNode(Node):
             topics = ", ".join(f"{topic}: {count}" for topic, count in sorted((+self._dropped).items()))
             level, message = DiagnosticStatus.WARN, f"messages were lost: {topics}"
         if self._refused:
-            level, message = DiagnosticStatus.ERROR, self._refused
+            level, message = DiagnosticStatus.WARN, self._refused
+        if refusal:
+            level, message = DiagnosticStatus.ERROR, f"nothing can be recorded: {refusal}"
         values = {
             "recording": bool(path), "bag": path, "bags": len(self.bags), "messages": self._messages,
             "bytes": self._bytes, "bytes_per_s": round(rate), "dropped": dropped,

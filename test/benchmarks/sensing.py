@@ -58,7 +58,9 @@ def sensing(settings: Settings) -> Iterator[Row]:
         (folder / "contract.yaml").write_text(vehicle().to_yaml(), encoding="utf-8")
         policy = group.start("policy", "test.benchmarks.without_model", "--ros-args",
                              "-p", f"checkpoint:={folder / 'checkpoint'}")  # fmt: skip
-        bare = group.start("bare", "test.benchmarks.peers", "store", "--contract", str(folder / "contract.yaml"))
+        bare = group.start(
+            "bare", "test.benchmarks.peers", "store", "--namespace", "", "--contract", str(folder / "contract.yaml")
+        )
         watch = group.start("watch", "test.benchmarks.probes", "diagnostics", "--out", str(folder / "seen.json"))
         wait_for(lambda: "is ready" in policy.output() or policy.process.poll() is not None, "the policy node")
         policy.check()

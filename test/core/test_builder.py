@@ -14,7 +14,7 @@ from vla_core.observation.builder import ImageSize, ObservationBuilder, Observat
 from vla_core.observation.memory_buffer import MemoryBuffer
 from vla_core.observation.messages import Message, image, joint_state
 
-from .helpers import CONTRACT, JOINTS, MS, SPEC, START, STEP, arm, camera, pixels, task
+from .helpers import CONTRACT, JOINTS, MS, SPEC, START, STEP, arm, camera, pixels, task, with_stream
 
 
 def filled(builder: ObservationBuilder, *messages: Message) -> MemoryBuffer:
@@ -89,6 +89,15 @@ def test_due_lists_what_is_still_to_come() -> None:
     assert builder.due(buffer, START + 10_000 * STEP) == ["camera", "arm"], "a latched stream is never late"
 
 
+def test_a_sensor_faster_than_the_control_is_not_always_late() -> None:
+    """400 Hz against ticks of 10 ms: a newer message is expected half a sensor's period after the last."""
+    contract = with_stream("arm", rate_hz=400.0)
+    builder = ObservationBuilder(contract, ObservationSpec(state=("arm",)))
+    buffer = filled(builder, arm(START, 0))
+    assert builder.due(buffer, START) == [] and builder.due(buffer, START + 1_250_000 - 1) == []
+    assert builder.due(buffer, START + 1_250_000) == ["arm"]
+
+
 def test_a_message_is_decoded_once_however_many_ticks_hold_it(monkeypatch: pytest.MonkeyPatch) -> None:
     count = {"image": 0, "arm": 0}
     image_decoder = decode_module.DECODERS["sensor_msgs/msg/Image"]
@@ -124,15 +133,16 @@ def test_equal_stamps_of_two_episodes_do_not_share_a_decoded_message() -> None:
     assert builder.build(filled(builder, arm(START, 2)), START).state[0] == 2
 
 
-def test_images_are_resized_to_the_spec_and_a_vector_is_no_camera() -> None:
+def test_images_are_resized_to_the_spec_and_a_vector_is_no_picture() -> None:
     spec = ObservationSpec(images={"camera": ImageSize(height=3, width=2)})
     builder = ObservationBuilder(CONTRACT, spec)
     flat = np.full((6, 8, 3), 50, np.uint8)
     buffer = filled(builder, Message("cam/raw", "sensor_msgs/msg/Image", START, image(START, flat)))
     assert builder.build(buffer, START).images["camera"].tolist() == flat[:3, :2].tolist()
-    wrong = ObservationBuilder(CONTRACT, ObservationSpec(images={"arm": ImageSize(height=3, width=2)}))
-    with pytest.raises(ConfigError, match=r"observation\.images\.arm: .*not a camera"):
-        wrong.build(filled(wrong, arm(START, 0)), START)
+    with pytest.raises(
+        ConfigError, match=r"^observation\.images\.arm: .*JointState on arm/state: is no image but vector"
+    ):
+        ObservationBuilder(CONTRACT, ObservationSpec(images={"arm": ImageSize(height=3, width=2)}))
 
 
 def test_a_stream_the_contract_lacks_is_refused_before_anything_runs() -> None:

@@ -123,6 +123,43 @@ def test_at_a_tick_the_buffer_holds_no_future() -> None:
         assert newest is not None and newest == max(t for t in recording.arm if t <= tick)
 
 
+def test_ticks_start_even_if_the_sensors_phases_never_meet() -> None:
+    """Three arms at the control rate, a third of a period apart: one of them is always half a period old."""
+    third = STEP // 3
+    streams = {f"arm{i}": dataclasses.replace(CONTRACT.observations["arm"], topic=f"arm{i}") for i in range(3)}
+    contract = dataclasses.replace(CONTRACT, observations=streams)
+    builder = ObservationBuilder(contract, ObservationSpec(state=tuple(streams)))
+    recorded = [
+        dataclasses.replace(arm(START + k * STEP + i * third, k), topic=f"arm{i}") for k in range(10) for i in range(3)
+    ]
+    ticks = list(replay_ticks(recorded, builder, builder.make_buffer()))
+    whole = START + 2 * third
+    assert ticks[0] == whole + 2 * STEP, "two periods after all of them were there first"
+    assert ticks == list(range(ticks[0], recorded[-1].stamp_ns + STEP, STEP))
+
+
+def test_a_mark_within_a_recording_forgets_what_was_before() -> None:
+    """As the robot does: the tick in which an episode starts sees nothing of the one before it."""
+    spec = ObservationSpec(state=("arm",), history=3)
+    builder = ObservationBuilder(CONTRACT, spec)
+    buffer = builder.make_buffer()
+    border = START + 5 * STEP
+    recorded = [*(arm(START + k * STEP, k) for k in range(10)), mark(START, 0), mark(border, 0), mark(border, 1)]
+    seen = {tick: builder.build(buffer, tick) for tick in replay_ticks(recorded, builder, buffer)}
+    assert list(seen) == [START + k * STEP for k in range(10)]
+    there = [[past.present["arm"] for past in observation.history] for observation in seen.values()]
+    start = [[False, False], [False, True]]
+    assert there == [*start, *[[True, True]] * 3, *start, *[[True, True]] * 3]
+
+
+def test_a_recording_with_two_episodes_does_not_tick_in_between() -> None:
+    builder = ObservationBuilder(CONTRACT, ObservationSpec(state=("arm",)))
+    first, second = START, START + 50 * STEP
+    recorded = [arm(t + k * STEP, k) for t in (first, second) for k in range(3)] + [mark(first, 0), mark(second, 0)]
+    ticks = list(replay_ticks(recorded, builder, builder.make_buffer()))
+    assert ticks == [first + k * STEP for k in range(50)] + [second + k * STEP for k in range(3)]
+
+
 def test_two_observations_of_one_topic_are_both_fed(tmp_path: Path) -> None:
     """Position and velocity of one joint_states topic are two vectors of the contract."""
     speed = dataclasses.replace(CONTRACT.observations["arm"], field="velocity", units=("rad/s", "rad/s"))
@@ -207,6 +244,17 @@ def test_failed_and_aborted_episodes_are_no_demonstrations(tmp_path: Path) -> No
     with pytest.raises(DatasetError, match=r"none of the 2 episodes succeeded.*--keep-failed"):
         convert(paths[1:], tmp_path / "none", SPEC)
     assert not (tmp_path / "none").exists()
+
+
+def test_a_dataset_says_what_it_cannot_hold(tmp_path: Path) -> None:
+    path = write_bag(tmp_path / "bag", stream_messages(12))
+    with pytest.raises(DatasetError, match=r"holds images, one state and an instruction, not history; take them out"):
+        convert([path], tmp_path / "set", dataclasses.replace(SPEC, history=2))
+    lenient = with_stream("camera", missing="mask", max_age_s=0.02)
+    gaps = write_bag(tmp_path / "gaps", stream_messages(12), lenient)
+    with pytest.raises(DatasetError, match=r"gaps: camera is masked at 3 of 12 ticks, and a dataset has no masks"):
+        convert([gaps], tmp_path / "set", SPEC)
+    assert not (tmp_path / "set").exists()
 
 
 def test_an_episode_that_never_ended_is_no_demonstration(tmp_path: Path) -> None:

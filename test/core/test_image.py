@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 
 import numpy as np
 import pytest
@@ -38,10 +39,10 @@ def test_raw(encoding: str, height: int, width: int, padding: int, surplus: int,
     np.testing.assert_array_equal(found, expected)
 
 
-@pytest.mark.parametrize("encoding", ["16UC1", "mono16", "bayer_rggb8", "32FC1", "", "RGB8"])
+@pytest.mark.parametrize("encoding", ["8UC3", "bayer_rggb16", "nv12", "32FC2", "", "RGB8"])
 def test_an_unsupported_encoding_names_the_choices(encoding: str) -> None:
     message = raw_image(bytes(64), height=2, width=2, step=16, encoding=encoding)
-    with pytest.raises(MessageError, match=rf"^cam/raw: .*'{encoding}'.*bgr8, bgra8, mono8, rgb8, rgba8"):
+    with pytest.raises(MessageError, match=rf"^cam/raw: .*'{encoding}'.*16UC1, 32FC1.*bgr8, bgra8, mono16, mono8"):
         decode(CONTRACT.stream("camera"), serialize(IMAGE, message))
 
 
@@ -59,6 +60,57 @@ def test_an_unsupported_encoding_names_the_choices(encoding: str) -> None:
 def test_sizes_that_do_not_fit_are_refused(size: int, fields: dict[str, int]) -> None:
     with pytest.raises(MessageError, match=rf"{fields['width']}x{fields['height']} rgb8 .*found {size} bytes"):
         raw_to_array(raw_image(bytes(size), encoding="rgb8", **fields))
+
+
+MAPS = {"8UC1": "B", "8SC1": "b", "mono16": "H", "16UC1": "H", "16SC1": "h", "32SC1": "i", "32FC1": "f", "64FC1": "d"}
+
+
+@pytest.mark.parametrize("encoding", MAPS)
+@given(height=sizes, width=sizes, padding=st.integers(0, 5), big=st.booleans(), seed=st.integers(0, 99))
+def test_maps_keep_their_numbers(encoding: str, height: int, width: int, padding: int, big: bool, seed: int) -> None:
+    """Depth and range-Doppler maps, cell by cell with struct."""
+    one = struct.Struct((">" if big else "<") + MAPS[encoding])
+    step = width * one.size + padding
+    data = np.random.default_rng(seed).integers(0, 64, step * height, dtype=np.uint8)  # bytes below 64: no NaN
+    fields = {"height": height, "width": width, "step": step, "encoding": encoding, "is_bigendian": int(big)}
+    found = decode(CONTRACT.stream("camera"), serialize(IMAGE, raw_image(data, **fields)))
+    assert isinstance(found, np.ndarray) and found.dtype == np.dtype(MAPS[encoding]) and found.dtype.isnative
+    expected = [[one.unpack_from(data, y * step + x * one.size)[0] for x in range(width)] for y in range(height)]
+    assert found.tolist() == expected
+
+
+def test_a_depth_map_is_a_view_and_keeps_nan_and_infinity() -> None:
+    """REP 118: NaN is no measurement, infinity is out of range; neither is for the decoder to decide."""
+    depth = np.array([[1.5, np.nan], [np.inf, -np.inf]], np.float32)
+    message = raw_image(depth.tobytes(), height=2, width=2, step=8, encoding="32FC1")
+    found = raw_to_array(message)
+    np.testing.assert_array_equal(found, depth)
+    assert np.shares_memory(found, message.data)
+
+
+@pytest.mark.parametrize("order", ["rggb", "bggr", "gbrg", "grbg"])
+def test_bayer_patterns(order: str) -> None:
+    """A wall of one colour, seen through the mosaic named by its first four pixels."""
+    colour = {"r": 200, "g": 120, "b": 40}
+    mosaic = np.tile(np.array([colour[c] for c in order], np.uint8).reshape(2, 2), (4, 5))
+    message = raw_image(mosaic, height=8, width=10, step=10, encoding=f"bayer_{order}8")
+    found = raw_to_array(message)
+    assert found.shape == (8, 10, 3) and (found == [200, 120, 40]).all()
+
+
+@pytest.mark.parametrize(("encoding", "order"), [("yuv422", "uyvy"), ("uyvy", "uyvy"), ("yuv422_yuy2", "yuyv"),
+                                                 ("yuyv", "yuyv")])  # fmt: skip
+def test_yuv422(encoding: str, order: str) -> None:
+    """Against the equations of ITU-R BT.601 (studio range)."""
+    y, u, v = 144, 100, 180
+    red = 1.164 * (y - 16) + 1.596 * (v - 128)
+    green = 1.164 * (y - 16) - 0.392 * (u - 128) - 0.813 * (v - 128)
+    blue = 1.164 * (y - 16) + 2.017 * (u - 128)
+    data = np.tile(np.array([{"y": y, "u": u, "v": v}[c] for c in order], np.uint8), 3 * 2)
+    found = raw_to_array(raw_image(data, height=3, width=4, step=8, encoding=encoding))
+    assert found.shape == (3, 4, 3) and np.abs(found - np.array([red, green, blue])).max() <= 1.5
+    with pytest.raises(MessageError, match=r"3x1 .*even width"):
+        raw_to_array(raw_image(data, height=1, width=3, step=8, encoding=encoding))
 
 
 def smooth(height: int = 40, width: int = 56) -> np.ndarray:
@@ -88,6 +140,18 @@ def test_grey_and_palette_files_become_rgb() -> None:
     np.testing.assert_array_equal(decoded(file_bytes(grey, "PNG")), np.asarray(grey.convert("RGB")))
     palette = Image.fromarray(smooth()).quantize(16)
     np.testing.assert_array_equal(decoded(file_bytes(palette, "PNG")), np.asarray(palette.convert("RGB")))
+
+
+def test_a_png_of_depths_keeps_16_bits() -> None:
+    depth = np.random.default_rng(3).integers(0, 65536, (9, 7), dtype=np.uint16)
+    encoded = file_bytes(Image.fromarray(depth), "PNG")
+    found = decoded(encoded, "16UC1; png compressed ")
+    assert found.dtype == np.uint16
+    np.testing.assert_array_equal(found, depth)
+    with pytest.raises(MessageError, match=r"^cam/raw: .*32FC1; png.* is uint16 of \(9, 7\)"):
+        decoded(encoded, "32FC1; png compressed")
+    with pytest.raises(MessageError, match=r"^cam/raw: .*compressedDepth.*send the raw"):
+        decoded(encoded, "32FC1; compressedDepth png")
 
 
 def test_jpeg_is_what_pil_sees() -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import threading
+import tracemalloc
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from vla_core.observation.memory_buffer import MemoryBuffer
+from vla_core.observation.memory_buffer import FUTURE_NS, OVERHEAD_BYTES, MemoryBuffer
 
 SPAN = 20
 MAX_BYTES = 30
@@ -49,6 +50,16 @@ class AgainstAList(RuleBasedStateMachine):
         past = [pair for pair in self.model if pair[0] <= at]
         assert self.buffer.sample("s", at) == (max(past) if past else None)
 
+    @rule(offset=st.integers(-SPAN - 5, SPAN + 5), length=st.integers(0, SPAN), ahead=st.integers(0, SPAN))
+    def look_around(self, offset: int, length: int, ahead: int) -> None:
+        at = max((stamp for stamp, _ in self.model), default=100) + offset
+        inside = sorted(pair for pair in self.model if at - length < pair[0] <= at)
+        assert self.buffer.window("s", at - length, at) == inside
+        past = [pair for pair in self.model if pair[0] <= at]
+        future = [pair for pair in self.model if at < pair[0] <= at + ahead]
+        expected = max(past) if past else None, min(future) if future else None
+        assert self.buffer.around("s", at, at + ahead) == expected
+
     @invariant()
     def bounded(self) -> None:
         assert self.buffer.size_bytes() == sum(len(d) for _, d in self.model)
@@ -71,6 +82,103 @@ def test_a_sample_is_never_from_the_future_and_memory_is_bounded(messages: list[
         assert found is None or found[0] <= at
         if stamp <= at and buffer.newest_ns("s") == stamp:
             assert found is not None and found[0] == stamp
+
+
+@given(st.lists(st.tuples(st.integers(0, 400), st.integers(0, 3)), max_size=80), st.integers(1, 6))
+def test_every_message_is_counted_once(messages: list[tuple[int, int]], most: int) -> None:
+    """received = held + dropped for age or reset + what the counters say, whatever comes in."""
+    buffer = MemoryBuffer(["s"], span_ns=SPAN, max_bytes=MAX_BYTES, max_messages=most)
+    kept = 0
+    for stamp, size in messages:
+        kept += buffer.add("s", stamp, bytes(size))
+        found = buffer.statistics("s")
+        assert found.messages <= most and found.size_bytes <= MAX_BYTES
+    found = buffer.statistics("s")
+    assert found.received == len(messages) == kept + found.duplicates + found.late + found.future
+    assert found.messages + found.evicted <= kept + found.late
+    assert found.newest_ns == buffer.newest_ns("s")
+
+
+def test_tiny_messages_at_any_rate_stay_within_the_bound() -> None:
+    """A megahertz of one byte each for a twentieth of a second: bookkeeping would outgrow the data by far."""
+    buffer = MemoryBuffer(["s", "t"], span_ns=1_000_000_000, max_bytes=1_000_000, max_messages=1000)
+    tracemalloc.start()
+    try:
+        for k in range(50_000):
+            buffer.add("s", 10**18 + 1000 * k, bytes([k % 251]))
+        current, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert current < 1000 * (OVERHEAD_BYTES + 1) < buffer.bound_bytes
+    found = buffer.statistics("s")
+    assert found.messages == 1000 and found.evicted == 49_000 and found.size_bytes == 1000
+    assert found.rate_hz == pytest.approx(1e6)
+    assert buffer.newest_ns("s") == 10**18 + 49_999_000
+
+
+def test_memory_of_many_messages_is_within_the_stated_overhead() -> None:
+    """The overhead of a message is measured, not believed."""
+    buffer = MemoryBuffer(["s"], span_ns=10**12, max_messages=20_000)
+    tracemalloc.start()
+    try:
+        for k in range(20_000):
+            buffer.add("s", 10**18 + k, (10**6 + k).to_bytes(16, "big"))
+        current, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert 16 * 20_000 < current < 20_000 * (16 + OVERHEAD_BYTES)
+
+
+def test_a_frozen_sensor_shows_as_repeated_stamps() -> None:
+    buffer = MemoryBuffer(["s"], span_ns=SPAN)
+    for stamp in (1, 2, 2, 3, 3, 3):
+        buffer.add("s", stamp, b"x", receive_ns=stamp + 4)
+    found = buffer.statistics("s")
+    assert (found.received, found.duplicates, found.repeated, found.messages) == (6, 3, 2, 3)
+    assert found.received_ns == 7 and found.newest_ns == 3
+    buffer.add("s", 4, b"x")
+    assert buffer.statistics("s").repeated == 0
+
+
+def test_a_stamp_from_the_future_is_refused_and_counted_and_poisons_nothing() -> None:
+    second = 1_000_000_000
+    buffer = MemoryBuffer(["s", "text"], latched=["text"], span_ns=second)
+    for k in range(5):
+        assert buffer.add("s", 10 * second + k, b"now", receive_ns=10 * second + k)
+    assert not buffer.add("s", 14 * second, b"shifted", receive_ns=10 * second + 9)
+    assert buffer.add("s", 10 * second + FUTURE_NS, b"jitter", receive_ns=10 * second)
+    assert not buffer.add("s", 10 * second + FUTURE_NS + 1, b"shifted", receive_ns=10 * second)
+    assert not buffer.add("text", 14 * second, b"shifted", receive_ns=10 * second)
+    assert buffer.statistics("s").future == 2 and buffer.statistics("s").messages == 6
+    assert buffer.sample("s", 10 * second + 4) == (10 * second + 4, b"now")
+    assert buffer.add("s", 11 * second, b"x") and buffer.add("s", 12 * second, b"x", receive_ns=0), (
+        "no clock, no future"
+    )
+
+
+def test_a_clock_that_jumped_empties_all_streams_but_the_latched() -> None:
+    buffer = MemoryBuffer(["a", "b", "text"], latched=["text"], span_ns=SPAN)
+    buffer.start_episode(1000)
+    for name in ("a", "b", "text"):
+        buffer.add(name, 1005, b"x")
+    buffer.clear()
+    assert buffer.newest_ns("a") is None and buffer.newest_ns("b") is None and buffer.first_ns("a") is None
+    assert buffer.sample("text", 5) == (1005, b"x")
+    assert buffer.add("a", 990, b"y"), "the episode of the old clock is over, too"
+    assert buffer.statistics("a").received == 2, "counts go on"
+
+
+def test_the_first_stamp_outlives_its_message_until_the_start_of_an_episode() -> None:
+    buffer = MemoryBuffer(["s"], span_ns=SPAN)
+    assert buffer.first_ns("s") is None
+    for stamp in (12, 10, 15, 100):
+        buffer.add("s", stamp, b"x")
+    assert buffer.first_ns("s") == 10 and buffer.sample("s", 99) is None
+    buffer.add("s", 105, b"x")
+    buffer.start_episode(101)
+    assert buffer.first_ns("s") == 105
+    buffer.start_episode(110)
+    assert buffer.first_ns("s") is None
 
 
 def test_one_huge_message_is_kept_alone() -> None:

@@ -86,7 +86,7 @@ def test_bad_joint_states_name_topic_and_entry() -> None:
 def test_a_message_of_another_type_names_topic_and_type() -> None:
     with pytest.raises(MessageError, match=r"^arm/state: .*sensor_msgs/msg/JointState"):
         decode(CONTRACT.stream("arm"), messages.image(0, pixels(0))[:30])
-    odd = with_stream("arm", type="geometry_msgs/msg/Pose").stream("arm")
+    odd = with_stream("arm", type="geometry_msgs/msg/Pose", names=(), units=()).stream("arm")
     with pytest.raises(MessageError, match=r"no decoder for 'geometry_msgs/msg/Pose'.*sensor_msgs/msg/Image"):
         decode(odd, b"\0" * 60)
 

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
+from hypothesis import given
+from hypothesis import strategies as st
 from rclpy.time import Time
+from rosgraph_msgs.msg import Clock
 from sensor_msgs.msg import JointState
 from std_srvs.srv import Trigger
 from vla_ros.msg import Episode
@@ -21,14 +28,15 @@ from vla_ros.msg import Episode
 from vla_core.commands import encode
 from vla_core.contract import RobotContract
 from vla_core.data import bag as bags
-from vla_core.data.bag import BagError
+from vla_core.data.bag import BagError, BagWriter
 from vla_core.errors import VlaError
 from vla_core.inspect import describe
 from vla_core.observation import messages
 from vla_ros.bridge import COMMAND_QOS, EPISODE_QOS, message_class, stream_qos
+from vla_ros.queues import LARGE_BYTES, LEAST_DEPTH, MEGABYTE, SMALL_BYTES, SMALL_DEPTH, queue_depths
 from vla_ros.recorder_node import RecorderNode
 
-from .conftest import Ros, parameters
+from .conftest import DEADLINE_S, Ros, parameters
 
 STEP_NS = 12_500_000
 
@@ -197,3 +205,154 @@ def test_a_killed_recorder_leaves_what_was_flushed(ros: Ros, contract: RobotCont
     assert "NOT WHOLE" in describe(bag) and "readable up to the last flushed chunk" in describe(bag)
     with pytest.raises(BagError, match="never closed"):
         list(bags.read(bag))
+
+
+class Diagnostics:
+    """What the recorder says of itself on ``/diagnostics``."""
+
+    def __init__(self, ros: Ros) -> None:
+        self.ros, self.heard = ros, []
+        node = ros.node("doctor")
+        node.create_subscription(DiagnosticArray, "/diagnostics", lambda m: self.heard.append(m.status[0]), 10)
+
+    def until(self, text: str, level: bytes) -> dict[str, str]:
+        """Values of the next status whose message holds ``text``."""
+        self.heard.clear()
+        self.ros.spin_until(lambda: any(text in status.message for status in self.heard), f"{text!r}")
+        status = next(status for status in self.heard if text in status.message)
+        assert status.level == level and status.name == "/recorder: recorder"
+        return {value.key: value.value for value in status.values}
+
+
+class Disk:
+    """Stands between the recorder and the disk: holds it up, or fills it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.go_on = threading.Event()
+        self.go_on.set()
+        self.free = 10**12
+        write = BagWriter.write
+
+        def slow_write(writer: BagWriter, *arguments: Any) -> None:
+            assert self.go_on.wait(DEADLINE_S)
+            write(writer, *arguments)
+
+        monkeypatch.setattr(BagWriter, "write", slow_write)
+        monkeypatch.setattr("vla_ros.recorder_node.shutil.disk_usage", lambda path: SimpleNamespace(free=self.free))
+
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
+    return Disk(monkeypatch)
+
+
+def test_a_full_disk_ends_the_episode_and_refuses_the_next(
+    ros: Ros, contract: RobotContract, tmp_path: Path, disk: Disk
+) -> None:
+    recorder = make_recorder(ros, tmp_path / "bags", streams=["hand", "instruction"], min_free_mb=100)
+    source, diagnostics = Source(ros, contract), Diagnostics(ros)
+    values = diagnostics.until("waiting for an episode", DiagnosticStatus.OK)
+    assert values["recording"] == "False" and values["free_disk_bytes"] == str(disk.free)
+    source.mark(Episode.START, time.time_ns(), 0)
+    ros.spin_until(lambda: recorder._recording is not None, "an open bag")
+    source.send(time.time_ns())
+    values = diagnostics.until("recording", DiagnosticStatus.OK)
+    assert values["bag"] == str(tmp_path / "bags" / "episode_000000")
+
+    disk.free = 99_000_000
+    ros.spin_until(lambda: len(recorder.bags) == 1, "the end of the episode")
+    info = bags.info(recorder.bags[0])
+    assert info.whole and info.metadata["outcome"] == "aborted" and info.counts["hand/state"] == 1
+    diagnostics.until("99 MB are free", DiagnosticStatus.ERROR)
+    answer = call(ros, source.node, "start")
+    assert not answer.success and "min_free_mb is 100; free some or choose another output" in answer.message
+    source.mark(Episode.START, time.time_ns(), 7)
+    ros.spin_until(lambda: "episode 7 was not recorded" in recorder._refused, "a refusal of the mark")
+
+    disk.free = 10**12
+    diagnostics.until("episode 7 was not recorded: 99 MB are free", DiagnosticStatus.WARN)
+    assert call(ros, source.node, "start").success, "there is room again"
+    assert call(ros, source.node, "stop").success
+    assert [path.name for path in recorder.bags] == ["episode_000000", "episode_000001"]
+
+
+def test_a_slow_disk_costs_counted_messages_and_no_stop_command(
+    ros: Ros, contract: RobotContract, tmp_path: Path, disk: Disk
+) -> None:
+    recorder = make_recorder(ros, tmp_path / "bags", streams=["hand", "instruction"])
+    recorder._thread.budget.limit = 20_000
+    source, diagnostics = Source(ros, contract), Diagnostics(ros)
+    start_ns = time.time_ns()
+    source.mark(Episode.START, start_ns, 0)
+    ros.spin_until(lambda: recorder._recording is not None, "an open bag")
+    disk.go_on.clear()
+    for k in range(200):
+        source.send(start_ns + k)
+        ros.executor.spin_once(timeout_sec=0.0)
+    values = diagnostics.until("messages were lost: hand/command: ", DiagnosticStatus.WARN)
+    assert int(values["waiting_bytes"]) < 22_000, "the limit, and the marks"
+    source.mark(Episode.SUCCEEDED, start_ns + 200, 0)
+    ros.spin_until(lambda: recorder._recording is None, "the end, while the disk stands still")
+    disk.go_on.set()
+    ros.spin_until(lambda: len(recorder.bags) == 1, "the bag")
+    info = bags.info(recorder.bags[0])
+    dropped = json.loads(info.metadata["dropped_messages"])
+    assert info.whole and info.metadata["outcome"] == "succeeded" and info.counts["episode"] == 2
+    for topic in ("hand/state", "hand/command"):
+        assert 0 < info.counts[topic] < 200 and info.counts[topic] + dropped[topic] == 200
+
+
+def test_what_the_middleware_loses_is_counted(ros: Ros, contract: RobotContract, tmp_path: Path) -> None:
+    recorder = make_recorder(ros, tmp_path / "bags", streams=["hand", "instruction"])
+    source = Source(ros, contract)
+    start_ns = time.time_ns()
+    source.mark(Episode.START, start_ns, 0)
+    source.send(start_ns)
+    ros.spin_until(lambda: recorder._recording is not None and recorder._recording.messages >= 4, "the first messages")
+    sent = 1400  # more than the queue of a subscription holds, while nobody takes them
+    for k in range(1, sent):
+        source.send(start_ns + k)
+    source.mark(Episode.SUCCEEDED, start_ns + sent, 0)
+    ros.spin_until(lambda: len(recorder.bags) == 1, "the bag")
+    info = bags.info(recorder.bags[0])
+    dropped = json.loads(info.metadata["dropped_messages"])
+    for topic in ("hand/state", "hand/command"):
+        assert info.counts[topic] <= 1001 and info.counts[topic] + dropped[topic] == sent
+
+
+def test_stamps_of_a_simulated_clock_need_use_sim_time(ros: Ros, contract: RobotContract, tmp_path: Path) -> None:
+    recorder = make_recorder(ros, tmp_path / "bags", streams=["hand", "instruction"])
+    source, diagnostics = Source(ros, contract), Diagnostics(ros)
+    source.node.create_publisher(Clock, "/clock", 10)
+    ros.spin_until(lambda: recorder.count_publishers("/clock") == 1, "the clock")
+    source.mark(Episode.START, 10**9, 0)
+    diagnostics.until("start the recorder with use_sim_time:=true", DiagnosticStatus.WARN)
+    source.send(10**9)
+    diagnostics.until("nothing can be recorded: stamps are", DiagnosticStatus.ERROR)
+    source.send(time.time_ns())
+    source.mark(Episode.START, time.time_ns(), 0)  # the clock is somebody else's
+    ros.spin_until(lambda: recorder._recording is not None, "an open bag")
+    recorder.stop()
+
+
+@given(
+    st.lists(st.sampled_from([*LARGE_BYTES, "sensor_msgs/msg/Imu", "std_msgs/msg/String"]), max_size=12),
+    st.integers(0, 2000),
+)
+def test_full_queues_stay_within_their_share(types: list[str], megabytes: int) -> None:
+    budget = megabytes * MEGABYTE
+    try:
+        depths = queue_depths(types, budget)
+    except VlaError as error:
+        needed = int(str(error).partition("need queues of ")[2].split()[0])
+        assert needed >= megabytes
+        assert queue_depths(types, (needed + 1) * MEGABYTE)
+        return
+    assert sum(depth * LARGE_BYTES.get(name, SMALL_BYTES) for depth, name in zip(depths, types, strict=True)) <= budget
+    least = [LEAST_DEPTH if name in LARGE_BYTES else SMALL_DEPTH for name in types]
+    assert all(depth >= low for depth, low in zip(depths, least, strict=True))
+
+
+def test_too_little_memory_is_named_with_what_is_needed(ros: Ros, tmp_path: Path) -> None:
+    with pytest.raises(VlaError, match=r"need queues of \d+ MB, and there are 10; raise max_memory_mb"):
+        make_recorder(ros, tmp_path / "bags", max_memory_mb=20)

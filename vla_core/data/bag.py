@@ -7,11 +7,12 @@ killed is the mcap library's. A bag without ``metadata.yaml`` was never closed a
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
+from typing import NamedTuple
 
 import yaml
 from mcap.exceptions import McapError
@@ -40,8 +41,8 @@ class DamagedBag(BagError):
         super().__init__(f"{path}: {self.cause}; `vla inspect` tells what is readable")
 
 
-# What rosbags and mcap raise on bytes that are cut or overwritten; MessageError is what a bad stamp raises.
-DAMAGE = (ReaderError, McapError, MessageError, OSError, EOFError, AssertionError, LookupError, ValueError,
+# What rosbags and mcap raise on bytes that are cut or overwritten.
+DAMAGE = (ReaderError, McapError, OSError, EOFError, AssertionError, LookupError, ValueError,
           ArithmeticError, RuntimeError, TypeError, AttributeError, struct.error, MemoryError)  # fmt: skip
 
 
@@ -157,6 +158,34 @@ class BagInfo:
         return RobotContract.from_yaml(self.metadata[CONTRACT_KEY], f"contract of {self.path}")
 
 
+@dataclass(frozen=True)
+class RecordedTopic:
+    """A topic of a bag, with the QoS that its publishers offered; several publishers, several profiles."""
+
+    name: str
+    type: str
+    count: int
+    offered: tuple[Qos, ...]
+
+    @property
+    def latched(self) -> bool:
+        """Whether late joiners got its value (transient-local durability)."""
+        return any(qos.durability == QosDurability.TRANSIENT_LOCAL for qos in self.offered)
+
+    @property
+    def depth(self) -> int:
+        """How many messages a late joiner of a latched topic got, at least 1."""
+        return max([1, *(qos.depth for qos in self.offered)])
+
+
+class Serialized(NamedTuple):
+    """A message as the bag holds it; ``receive_ns`` is when it was recorded."""
+
+    topic: str
+    receive_ns: int
+    data: bytes
+
+
 def find_bags(paths: list[Path]) -> list[Path]:
     """Bags at or directly below ``paths``, in the order of their names."""
     bags: list[Path] = []
@@ -198,14 +227,42 @@ def read(path: Path | str, topics: set[str] | None = None) -> Iterator[Message]:
         wanted = [c for c in reader.connections if topics is None or c.topic in topics]
         if not wanted:
             return
-        try:
-            for connection, receive_ns, data in reader.messages(connections=wanted):
-                known = connection.msgtype in typestore().fielddefs
+        for connection, receive_ns, data in _messages(reader, Path(path), wanted):
+            known = connection.msgtype in typestore().fielddefs
+            try:
                 stamp = header_stamp_ns(connection.msgtype, data) if known else None
-                stamp_ns = receive_ns if stamp is None else stamp
-                yield Message(connection.topic, connection.msgtype, stamp_ns, bytes(data))
-        except DAMAGE as error:
-            raise DamagedBag(Path(path), error) from None
+            except MessageError as error:
+                raise DamagedBag(Path(path), error) from None
+            stamp_ns = receive_ns if stamp is None else stamp
+            yield Message(connection.topic, connection.msgtype, stamp_ns, bytes(data))
+
+
+def recorded_topics(path: Path | str) -> dict[str, RecordedTopic]:
+    """Topics of a whole bag by name."""
+    found: dict[str, RecordedTopic] = {}
+    with _open(Path(path)) as reader:
+        for c in reader.connections:
+            before = found.get(c.topic, RecordedTopic(c.topic, c.msgtype, 0, ()))
+            if before.type != c.msgtype:
+                raise BagError(f"{path}: topic {c.topic!r} holds both {before.type} and {c.msgtype}")
+            offered = (*before.offered, *c.ext.offered_qos_profiles)  # type: ignore[union-attr]  # never a ROS 1 bag
+            found[c.topic] = RecordedTopic(c.topic, c.msgtype, before.count + c.msgcount, offered)
+    return found
+
+
+def read_serialized(
+    path: Path | str, topics: set[str], start_ns: int | None = None, stop_ns: int | None = None
+) -> Generator[Serialized, None, None]:
+    """Messages of a whole bag in the order of their receipt, from ``start_ns`` until before ``stop_ns``.
+
+    Unlike :func:`read` it knows nothing of types: bags of any package can be read.
+    """
+    with _open(Path(path)) as reader:
+        wanted = [c for c in reader.connections if c.topic in topics]
+        if not wanted:
+            return
+        for connection, receive_ns, data in _messages(reader, Path(path), wanted, start_ns, stop_ns):
+            yield Serialized(connection.topic, receive_ns, bytes(data))
 
 
 def require_topics(bag: BagInfo, needed: dict[str, str]) -> None:
@@ -217,6 +274,22 @@ def require_topics(bag: BagInfo, needed: dict[str, str]) -> None:
             raise BagError(f"{bag.path}: topic {topic!r} holds {bag.topics[topic]}, the contract says {type_name}")
         if not bag.counts[topic]:
             raise BagError(f"{bag.path}: topic {topic!r} has no messages")
+
+
+def _messages(
+    reader: Reader, path: Path, wanted: list[Connection], start_ns: int | None = None, stop_ns: int | None = None
+) -> Generator[tuple[Connection, int, bytes], None, None]:
+    """The reader's messages, with damage named; overwritten bytes that merely hide messages are damage, too."""
+    count = 0
+    try:
+        for entry in reader.messages(connections=wanted, start=start_ns, stop=stop_ns):
+            yield entry
+            count += 1
+    except DAMAGE as error:
+        raise DamagedBag(path, error) from None
+    expected = sum(connection.msgcount for connection in wanted)
+    if stop_ns is None and (start_ns is None or start_ns <= reader.start_time) and count != expected:
+        raise DamagedBag(path, ValueError(f"{count} of {expected} messages are left"))
 
 
 @contextmanager

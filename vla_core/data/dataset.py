@@ -91,6 +91,9 @@ def convert(
         raise DatasetError(f"{out} exists already; remove it or choose another folder")
     if not bags:
         raise DatasetError("no bags to convert")
+    if spec.extras:
+        raise DatasetError(f"a dataset holds images, one state and an instruction, not {', '.join(spec.extras)}; take "
+                           "them out of the observation")  # fmt: skip
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     (partial / "episodes").mkdir(parents=True)
@@ -109,6 +112,7 @@ def convert(
             if episode.info.outcome in ("started", "failed", "aborted") and not keep_failed:
                 left_out.append(path.name)
                 continue
+            _check_whole(episode)
             save_file(_arrays(episode), partial / "episodes" / f"episode_{len(entries):06d}.safetensors")
             entries.append({
                 "bag": path.name, "length": len(episode.actions), "dropped_ticks": episode.dropped_ticks,
@@ -149,6 +153,15 @@ def load(path: Path | str) -> Dataset:
     except (KeyError, OSError, json.JSONDecodeError, SafetensorError) as error:
         raise DatasetError(f"{path}: damaged dataset: {error!r}") from None
     return Dataset(contract, spec, episodes)
+
+
+def _check_whole(episode: Episode) -> None:
+    """Raise when a stream was masked: a dataset has no masks."""
+    for name in episode.observations[0].present:
+        masked = sum(not seen.present[name] for seen in episode.observations)
+        if masked:
+            raise DatasetError(f"{episode.bag}: {name} is masked at {masked} of {len(episode.observations)} ticks, and "
+                               "a dataset has no masks; let its stream refuse, or leave this bag out")  # fmt: skip
 
 
 def _arrays(episode: Episode) -> dict[str, np.ndarray]:

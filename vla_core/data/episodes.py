@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,13 @@ from vla_core.commands import decode
 from vla_core.contract import NANOSECONDS, Action, RobotContract
 from vla_core.data import bag as bags
 from vla_core.data.bag import BagError
-from vla_core.observation.builder import Observation, ObservationBuilder, ObservationSpec, Unobserved
+from vla_core.observation.builder import (
+    NO_LIMIT_NS,
+    Observation,
+    ObservationBuilder,
+    ObservationSpec,
+    Unobserved,
+)
 from vla_core.observation.memory_buffer import MemoryBuffer
 from vla_core.observation.messages import Message, MessageError, deserialize
 
@@ -46,23 +53,51 @@ class Episode:
 def replay_ticks(messages: list[Message], builder: ObservationBuilder, buffer: MemoryBuffer) -> Iterator[int]:
     """Feed ``messages`` to ``buffer`` in the order of their stamps, and yield each control tick (ns) when it is due.
 
-    At a tick the buffer holds what the robot's would: everything stamped until then. Ticks start where every stream
-    is there and follow the contract's rate until the messages end, or until all of them pause for two seconds.
+    At a tick the buffer holds what the robot's would: everything stamped until then, or a little more for an offline
+    contract. Ticks start where every stream has just come, or where all have been there for two periods of the slowest
+    (sensors whose phases never meet). They follow the contract's rate until the messages end, until all of them pause
+    for two seconds, or until a mark starts an episode, which forgets what was before as the robot does.
     """
     feed = sorted((m for m in messages if m.topic in builder.by_topic), key=lambda m: m.stamp_ns)
+    starts = deque(episode_starts(messages))
     step_ns = builder.contract.step_ns
+    patience_ns = 2 * max((stream.period_ns or 0 for stream in builder.streams.values()), default=0)
     tick_ns: int | None = None
+    whole_ns: int | None = None  # since when every stream is there
+    fed = 0
+
+    def feed_until(until_ns: int) -> None:
+        nonlocal fed
+        while fed < len(feed) and feed[fed].stamp_ns <= until_ns:
+            for name in builder.by_topic[feed[fed].topic]:
+                buffer.add(name, feed[fed].stamp_ns, feed[fed].data)
+            fed += 1
+
     for place, message in enumerate(feed):
-        for name in builder.by_topic[message.topic]:
-            buffer.add(name, message.stamp_ns, message.data)
+        while starts and starts[0] <= message.stamp_ns:
+            buffer.start_episode(starts.popleft())
+            tick_ns, whole_ns = None, None
+        feed_until(message.stamp_ns)
+        border_ns = starts[0] if starts else NO_LIMIT_NS
         next_ns = feed[place + 1].stamp_ns if place + 1 < len(feed) else message.stamp_ns + step_ns
-        if tick_ns is None and not builder.due(buffer, message.stamp_ns):
-            tick_ns = message.stamp_ns
-        while tick_ns is not None and tick_ns < next_ns:
+        if tick_ns is None:
+            absent = builder.absent(buffer, message.stamp_ns)
+            whole_ns = None if absent else whole_ns or message.stamp_ns
+            waited = whole_ns is not None and message.stamp_ns - whole_ns >= patience_ns
+            if waited or not builder.due(buffer, message.stamp_ns):
+                tick_ns, whole_ns = message.stamp_ns, None
+        while tick_ns is not None and tick_ns < min(next_ns, border_ns):
+            feed_until(min(tick_ns + builder.lookahead_ns, border_ns - 1))
             yield tick_ns
             tick_ns += step_ns
             if tick_ns - message.stamp_ns > MAX_GAP_NS:
                 tick_ns = None  # all streams fell silent: ticks start anew where they are there again
+
+
+def episode_starts(messages: list[Message]) -> list[int]:
+    """Stamps of the marks that start an episode, in order."""
+    marks = sorted((m for m in messages if m.topic == EPISODE_TOPIC), key=lambda m: m.stamp_ns)
+    return [m.stamp_ns for m in marks if EPISODE_STATES.get(deserialize(EPISODE_TYPE, m.data).state) == "started"]
 
 
 class Commands:

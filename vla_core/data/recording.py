@@ -82,6 +82,7 @@ class Recording:
             for key, value in metadata.items():
                 self._writer.set_metadata(key, value)
             self._writer.close()
+            self._thread.whole.append(self.path)
             self.closed.set_result(None)
 
         self._thread.put(self, close)
@@ -107,10 +108,13 @@ class RecordingThread:
 
     Args:
         budget: bounds what waits; the caller may use the same budget for queues of its own.
+
+    ``whole`` names the bags that were closed, in that order.
     """
 
     def __init__(self, budget: ByteBudget) -> None:
         self.budget = budget
+        self.whole: list[Path] = []
         self._error: VlaError | OSError | None = None
         self._jobs: SimpleQueue[tuple[Recording, Callable[[], None], int | None] | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="bag writer", daemon=True)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
 from vla_core.commands import decode, encode_frame
-from vla_core.evaluation.metrics import roughness
+from vla_core.config import to_dict
+from vla_core.evaluation.metrics import roughness, summarize
 from vla_core.observation.messages import text
+from vla_core.progress import Advance
 from vla_core.runtime.core import PolicyCore
+from vla_core.runtime.execution import Execution
+from vla_core.runtime.policy import Policy
 from vla_core.sim.metaworld import MetaWorld
 
 
@@ -19,7 +24,8 @@ class EpisodeResult:
     """Outcome of one episode, and how smooth it was.
 
     ``boundary_jumps``  at every new chunk, as :class:`~vla_core.runtime.execution_metrics.ExecutionMetrics` has it
-    ``roughness``       largest norm of the commands' second difference, as a share of each action's range
+    ``roughness``       largest norm of the commands' second difference, as a share of each action's range, from the
+                        first chunk on
     """
 
     seed: int
@@ -52,7 +58,8 @@ def run_episode(
     world.reset(seed)
     if core.policy.spec.instruction:
         core.add(core.policy.spec.instruction, text(instruction), start_ns)
-    sent: list[np.ndarray] = []
+    sent: list[np.ndarray] = []  # from the first chunk's first command on
+    step = -1
     for step in range(max_steps):
         stamp_ns = start_ns + step * contract.step_ns
         observed = world.observe_state(stamp_ns)
@@ -69,16 +76,16 @@ def run_episode(
         if safe is None:  # a robot that was sent nothing yet stands still
             safe = np.zeros(len(contract.action_names))
         values = safe if command is None else command.values
-        sent.append(values)
+        if command is not None or sent:
+            sent.append(values)
         # Through the bytes of the command message, as the robot would get it.
         frame = encode_frame(contract, stamp_ns, values)
         world.step(np.concatenate([decode(action, frame[action.topic])[0] for action in contract.actions.values()]))
         if world.success:
             break
     scale = contract.action_high - contract.action_low
-    return EpisodeResult(
-        seed, world.success, len(sent), tuple(core.metrics.values("boundary_jump")), roughness(np.stack(sent) / scale)
-    )
+    rough = roughness(np.reshape(sent, (-1, len(scale))) / scale)
+    return EpisodeResult(seed, world.success, step + 1, tuple(core.metrics.values("boundary_jump")), rough)
 
 
 def evaluate(
@@ -98,3 +105,35 @@ def evaluate(
         progress(result)
         results.append(result)
     return results
+
+
+def study(
+    world: MetaWorld,
+    policy: Policy,
+    executions: Sequence[Execution],
+    delays: Sequence[int],
+    instruction: str,
+    seeds: Sequence[int],
+    max_steps: int,
+    advance: Advance,
+) -> list[dict[str, Any]]:
+    """Figures and every episode for each execution at each delay, over the same seeds.
+
+    Every run starts with nothing measured; RTC is told nothing of the delay that it will meet.
+    """
+    runs: list[dict[str, Any]] = []
+    outcomes: list[bool] = []
+
+    def note(result: EpisodeResult) -> None:
+        outcomes.append(result.success)
+        ran = outcomes[len(runs) * len(seeds) :]
+        advance(len(outcomes), f"{sum(ran)} of {len(ran)} succeeded")
+
+    for execution in executions:
+        for delay in delays:
+            results = evaluate(world, PolicyCore(policy, execution), instruction, seeds, max_steps, note, delay)
+            runs.append({
+                "execution": to_dict(execution), "delay_steps": delay, **summarize(results),
+                "episodes": [asdict(result) for result in results],
+            })  # fmt: skip
+    return runs

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -41,3 +42,34 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float] | None:
 def roughness(commands: np.ndarray) -> float:
     """Largest Euclidean norm of the second difference over time of ``commands`` (T, A); 0 with fewer than three."""
     return float(np.linalg.norm(np.diff(commands, n=2, axis=0), axis=-1).max(initial=0.0))
+
+
+class Trial(Protocol):
+    """An episode or passage: its outcome, the jump at each new chunk and the roughness of its commands."""
+
+    @property
+    def success(self) -> bool: ...
+
+    @property
+    def boundary_jumps(self) -> tuple[float, ...]: ...
+
+    @property
+    def roughness(self) -> float: ...
+
+
+def summarize(trials: Sequence[Trial]) -> dict[str, Any]:
+    """Success with its 95 % interval (Wilson), mean boundary jump and mean roughness of at least one trial.
+
+    The mean boundary jump is over all chunks; its interval is that of the mean over the trials' own means, since the
+    chunks of one trial depend on one another.
+    """
+    successes = sum(trial.success for trial in trials)
+    jumps = [jump for trial in trials for jump in trial.boundary_jumps]
+    per_trial = [float(np.mean(trial.boundary_jumps)) for trial in trials if trial.boundary_jumps]
+    rough = [trial.roughness for trial in trials]
+    return {
+        "trials": len(trials), "successes": successes, "success_rate": successes / len(trials),
+        "success_ci95": wilson_interval(successes, len(trials)),
+        "boundary_jump": float(np.mean(jumps)) if jumps else None, "boundary_jump_ci95": mean_interval(per_trial),
+        "roughness": float(np.mean(rough)), "roughness_ci95": mean_interval(rough),
+    }  # fmt: skip

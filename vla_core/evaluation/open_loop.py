@@ -66,7 +66,7 @@ def replay(path: Path, core: PolicyCore) -> Replay:
     stamps, predicted, recorded, known = [], [], [], []
     for tick_ns in replay_ticks(messages, builder, core.buffer):
         try:
-            chunk = core.infer(tick_ns)
+            chunk = core.predict(tick_ns)  # each tick for itself: nothing is executed that could be continued
         except Unobserved:
             continue
         truth = [commands.at(tick_ns + k * contract.step_ns) for k in range(len(chunk.actions))]

@@ -12,7 +12,7 @@ from vla_core.data import bag as bags
 from vla_core.errors import VlaError
 from vla_core.observation.batch import collate
 from vla_core.observation.builder import Observation, ObservationBuilder, Unobserved
-from vla_core.runtime.chunk_executor import ActionChunk
+from vla_core.runtime.chunk import ActionChunk, Continuation
 from vla_core.runtime.core import PolicyCore
 from vla_core.runtime.policy import Policy
 
@@ -74,7 +74,7 @@ def compare(log: Path, bag: Path, policy: Policy) -> Parity:
             observation = builder.build(core.buffer, stamp_ns)
         except Unobserved:
             continue
-        entries.append((observation, policy.predict(observation)))
+        entries.append((observation, policy.predict(observation, _continuation(live, row))))
         rows.append(row)
     if not entries:
         raise ParityError(f"{bag}: none of the {len(live['stamp_ns'])} logged stamps lies in this bag")
@@ -82,6 +82,16 @@ def compare(log: Path, bag: Path, policy: Policy) -> Parity:
     differences = {name: _max_abs_diff(live[name][rows], replayed[name]) for name in replayed}
     chunks = differences.pop("chunk")
     return Parity(len(rows), max(differences.values()), chunks)
+
+
+def _continuation(live: dict[str, np.ndarray], row: int) -> Continuation | None:
+    """The plan that the logged chunk ``row`` was sampled to continue."""
+    if "continues.frozen" not in live or live["continues.frozen"][row] < 0:
+        return None
+    return Continuation(
+        live["continues.actions"][row], live["continues.weights"][row], int(live["continues.frozen"][row]),
+        float(live["continues.max_guidance"][row]),
+    )  # fmt: skip
 
 
 def _max_abs_diff(a: np.ndarray, b: np.ndarray) -> float:
@@ -93,9 +103,24 @@ def _arrays(policy: Policy, entries: list[tuple[Observation, ActionChunk]]) -> d
     checkpoint = policy.checkpoint
     inputs = collate([observation for observation, _ in entries], checkpoint.normalizer, checkpoint.tokenizer)
     return {
+        **_continued([chunk for _, chunk in entries]),
         "stamp_ns": np.array([observation.stamp_ns for observation, _ in entries], dtype=np.int64),
         "chunk": np.stack([chunk.actions for _, chunk in entries]),
         "state": inputs.state.numpy(),
         "tokens": inputs.tokens.numpy(),
         **{f"image.{name}": pixels.numpy() for name, pixels in inputs.images.items()},
+    }
+
+
+def _continued(chunks: list[ActionChunk]) -> dict[str, np.ndarray]:
+    """What guided chunks were guided by, so that they can be replayed; ``continues.frozen`` is -1 without guidance."""
+    if all(chunk.continues is None for chunk in chunks):
+        return {}
+    blank = Continuation(np.zeros_like(chunks[0].actions), np.zeros(len(chunks[0].actions)), -1, 0.0)
+    found = [chunk.continues or blank for chunk in chunks]
+    return {
+        "continues.actions": np.stack([c.actions for c in found]),
+        "continues.weights": np.stack([c.weights for c in found]),
+        "continues.frozen": np.array([c.frozen for c in found], dtype=np.int64),
+        "continues.max_guidance": np.array([c.max_guidance for c in found]),
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,27 @@ def latency_histograms(samples: dict[str, list[float]]) -> bytes:
         axis.hist(shown, bins=40, range=(0, float(np.percentile(shown, 99.5)) if len(shown) else 1.0), color=GREEN)
         axis.set_xlabel(f"{name} [ms]")
         axis.set_ylabel("count")
+    return png(figure)
+
+
+def latency_study(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    """Success, boundary jump and roughness over latency, one line a strategy; bands are 95 % intervals."""
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.2))
+    colours = dict(zip(dict.fromkeys(row["strategy"] for row in rows), (GREY, ORANGE, GREEN, BLUE), strict=False))
+    panels = (("success_rate", "success_ci95", "success rate"),
+              ("boundary_jump", "boundary_jump_ci95", "boundary jump"),
+              ("roughness", "roughness_ci95", "largest second difference"))  # fmt: skip
+    for axis, (key, interval, label) in zip(axes, panels, strict=True):
+        for strategy, colour in colours.items():
+            shown = [row for row in rows if row["strategy"] == strategy and row[key] is not None]
+            ms = [row["latency_ms"] for row in shown]
+            axis.plot(ms, [row[key] for row in shown], color=colour, marker="o", ms=3, label=strategy)
+            bounds = [row[interval] or (row[key], row[key]) for row in shown]
+            axis.fill_between(ms, [low for low, _ in bounds], [high for _, high in bounds], color=colour, alpha=0.15)
+        axis.set_xlabel("latency [ms]")
+        axis.set_ylabel(label)
+        axis.set_ylim(bottom=0)
+    axes[0].legend(fontsize=8)
     return png(figure)
 
 

@@ -134,17 +134,19 @@ class ObservationBuilder:
     def due(self, buffer: MemoryBuffer, at_ns: int) -> list[str]:
         """Streams of which a newer message is still to be expected at ``at_ns``, by their rates.
 
-        Empty when the observation at ``at_ns`` is all there. Half a control period is allowed for, since stamps of
-        different sensors do not fall on one grid. Nobody waits for a masked stream that is missing already.
+        Empty when the observation at ``at_ns`` is all there. Half a control period is allowed for, or half of the
+        sensor's where that is shorter, since stamps of different sensors do not fall on one grid. Nobody waits for a
+        masked stream that is missing already.
         """
-        slack_ns = self.contract.step_ns // 2
         late = []
         for name, stream in self.streams.items():
             sample = buffer.sample(name, at_ns)
             silent = sample is None or (stream.max_age_ns is not None and at_ns - sample[0] > stream.max_age_ns)
             if silent and stream.missing == "mask":
                 continue
-            if sample is None or (stream.period_ns and at_ns - sample[0] >= stream.period_ns - slack_ns):
+            period_ns = stream.period_ns or 0
+            slack_ns = min(self.contract.step_ns, period_ns) // 2
+            if sample is None or (period_ns and at_ns - sample[0] >= period_ns - slack_ns):
                 late.append(name)
         return late
 

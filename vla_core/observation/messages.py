@@ -85,7 +85,7 @@ def serialize(type_name: str, message: Any) -> bytes:
 def deserialize(type_name: str, data: bytes | memoryview) -> Any:
     """Message object whose arrays are views of ``data``; raises :class:`MessageError` when the bytes do not fit."""
     try:
-        return typestore().deserialize_cdr(data, type_name)
+        return typestore().deserialize_cdr(memoryview(data), type_name)  # slices of bytes would be copies
     except Exception as error:  # rosbags raises several types on malformed bytes, struct.error among them
         raise MessageError(f"{len(data)} bytes do not decode as {type_name}: {error}") from None
 

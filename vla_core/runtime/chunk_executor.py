@@ -104,9 +104,7 @@ class ChunkExecutor:
         with self._lock:
             if not self._held:
                 return None
-            return continuation(
-                self._held[-1].chunk, stamp_ns, self.expected_delay_steps, self.execution.max_guidance
-            )
+            return continuation(self._held[-1].chunk, stamp_ns, self.expected_delay_steps, self.execution.max_guidance)
 
     def action(self, at_ns: int) -> tuple[np.ndarray, ActionChunk] | None:
         """The action (A,) for the tick ``at_ns`` and the newest chunk behind it; None when none covers that instant.
@@ -171,9 +169,7 @@ def _blend(held: Sequence[_Held], at_ns: int, steps: int) -> np.ndarray:
             continue
         row: np.ndarray = one.chunk.actions[one.chunk.row(at_ns)]
         passed = (at_ns - one.taken_ns) // one.chunk.step_ns
-        if values is None or passed >= steps:
-            values = row
-        else:
-            values = values + (passed + 1) / (steps + 1) * (row - values)
+        share = min(1.0, (passed + 1) / (steps + 1))
+        values = row if values is None or share == 1.0 else values + share * (row - values)
     assert values is not None, "the newest chunk covers this tick and was taken over"
     return values

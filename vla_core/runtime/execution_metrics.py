@@ -38,9 +38,7 @@ class ExecutionMetrics:
         self._values: dict[str, deque[float]] = {name: deque(maxlen=KEPT) for name in FIGURES}
         self._last: np.ndarray | None = None
 
-    def take_over(
-        self, delay_ns: int, delay_steps: int, command: np.ndarray, without: np.ndarray | None
-    ) -> None:
+    def take_over(self, delay_ns: int, delay_steps: int, command: np.ndarray, without: np.ndarray | None) -> None:
         """Note a chunk's first tick, before :meth:`command` notes the command of that tick."""
         self._values["delay_ms"].append(delay_ns / 1e6)
         self._values["delay_steps"].append(delay_steps)

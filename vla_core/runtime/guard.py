@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +12,7 @@ import numpy as np
 from vla_core.contract import Action, Axis
 from vla_core.runtime.motion import INF, ROUNDING, Bounds, State, reach, reach_velocity, rest, rest_periods
 
-MAX_ROWS = 1000  # of a stop's trajectory
+States = tuple[State, ...]  # one per entry of an action
 
 
 @dataclass(frozen=True)
@@ -97,10 +97,12 @@ class Proposal:
     """
 
     rows: np.ndarray
-    states: tuple[tuple[State, ...], ...]  # per row, per entry
+    states: tuple[States, ...]  # per row
     altered: bool = False
     causes: dict[str, str] = dataclasses.field(default_factory=dict)
     own: dict[str, str] = dataclasses.field(default_factory=dict)
+    stamp_ns: int = 0  # of a trajectory's message
+    stops: bool = False  # the rows lead to the declared safe action
 
 
 class Guard:
@@ -111,9 +113,9 @@ class Guard:
 
     def __init__(self, action: Action, period_s: float, axes: Sequence[Axis] = ()) -> None:
         self.action = action
-        self.entries = _entries(action, period_s, {axis.action: axis for axis in axes})
-        self.states: tuple[State, ...] | None = None
-        self._asked: tuple[State, ...] | None = None  # the last candidate
+        self.entries = entries_of(action, period_s, {axis.action: axis for axis in axes})
+        self.states: States | None = None
+        self._asked: States | None = None  # the last candidate
         if action.kind != "position":
             self.states = self._asked = tuple(State() for _ in self.entries)
 
@@ -170,19 +172,9 @@ class Guard:
         """On the way to the declared safe action; None when something must be held and nothing was commanded yet."""
         return self._repeat(lambda entry, state: entry.stop(state), periods)
 
-    def stop_rows(self) -> Proposal | None:
-        """The whole way to the declared safe action, a row per period."""
-        if self.states is None:
-            return None
-        rows, states = [], [self.states]
-        while len(rows) < MAX_ROWS and not (rows and self._rests(states[-1])):
-            states.append(tuple(entry.stop(s) for entry, s in zip(self.entries, states[-1], strict=True)))
-            rows.append(self._values(states[-1]))
-        return Proposal(np.stack(rows), tuple(states[1:]), altered=True)
-
-    def commit(self, proposal: Proposal, row: int = -1) -> None:
-        """The rows of ``proposal`` up to ``row`` were sent."""
-        self.states = proposal.states[row]
+    def commit(self, proposal: Proposal) -> None:
+        """``proposal`` was sent."""
+        self.states = proposal.states[-1]
 
     @property
     def rests(self) -> bool:
@@ -193,32 +185,24 @@ class Guard:
         """Bound on the periods that a stop from here takes, where positions are held and not sent to zero."""
         if self.states is None:
             return 0
-        lengths = []
-        for entry, state in zip(self.entries, self.states, strict=True):
-            if entry.is_position:
-                lengths.append(rest_periods(entry.bounds, state))
-            else:  # v and a are a chain of their own, one derivative further up
-                chain = Bounds(acceleration=entry.bounds.jerk)
-                goal = 0.0 if entry.safe_zero else state.v
-                ramp = abs(state.v - goal) / entry.bounds.acceleration
-                released = State(v=state.a, a=0.0)
-                lengths.append(2 * rest_periods(chain, released) + 2 * ramp
-                               + 4 * math.sqrt(abs(state.v - goal) / entry.bounds.jerk))  # fmt: skip
-        return math.ceil(max(lengths))
+        chains = zip(self.entries, self.states, strict=True)
+        return math.ceil(max(rest_periods(entry.bounds, state) for entry, state in chains))
 
-    def _repeat(self, step, periods: int) -> Proposal | None:  # type: ignore[no-untyped-def]
+    def _repeat(self, step: Callable[[Entry, State], State], periods: int) -> Proposal | None:
         if self.states is None:
             return None
         states = self.states
         for _ in range(periods):
             states = tuple(step(entry, state) for entry, state in zip(self.entries, states, strict=True))
-        return Proposal(self._values(states)[None, :], (states,), altered=True)
+        return Proposal(values_of(self.entries, states)[None, :], (states,), altered=True)
 
-    def _rests(self, states: tuple[State, ...]) -> bool:
+    def _rests(self, states: States) -> bool:
         return all(entry.at_rest(state) for entry, state in zip(self.entries, states, strict=True))
 
-    def _values(self, states: tuple[State, ...]) -> np.ndarray:
-        return np.array([entry.value(state) for entry, state in zip(self.entries, states, strict=True)])
+
+def values_of(entries: Sequence[Entry], states: States) -> np.ndarray:
+    """Commands (A,) that ``states`` stand for."""
+    return np.array([entry.value(state) for entry, state in zip(entries, states, strict=True)])
 
 
 def _wall(entry: Entry) -> str:
@@ -229,7 +213,7 @@ def _outside(axis: Axis, value: float) -> bool:
     return not axis.low <= value <= axis.high
 
 
-def _entries(action: Action, period_s: float, axes: dict[str, Axis]) -> tuple[Entry, ...]:
+def entries_of(action: Action, period_s: float, axes: dict[str, Axis]) -> tuple[Entry, ...]:
     """The chains of an action; ``axes`` by the entry's name."""
     out = []
     limits = action.limits
@@ -245,7 +229,9 @@ def _entries(action: Action, period_s: float, axes: dict[str, Axis]) -> tuple[En
                   * (scale if key == "rate" else 1.0), getattr(limits, key)[i])
             for key, order in orders.items() if getattr(limits, key)
         ]  # fmt: skip
-        sizes = {order: min([limit.size for limit in found if limit.order == order], default=INF) for order in (1, 2, 3)}
+        sizes = {
+            order: min([limit.size for limit in found if limit.order == order], default=INF) for order in (1, 2, 3)
+        }
         if is_position:
             if axis is not None:
                 low, high = max(low, axis.low), min(high, axis.high)

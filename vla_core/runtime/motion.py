@@ -50,35 +50,38 @@ def move(bounds: Bounds, state: State, acceleration: float) -> State:
 
 
 def reach(bounds: Bounds, state: State, target: float, slope: float) -> State:
-    """The state one period later on the way to position ``target``, which moves by ``slope`` per period.
+    """The state one period later on the way to position ``target``, which moved by ``slope`` in this period.
 
-    It is there at once where the limits allow. Otherwise it comes as near as it can without shooting over the target:
-    the nearest command alone would pass it at full speed, and swing about it for ever.
+    Who is on the target stays on it where the limits allow. Who is not comes as near as it can without shooting over
+    it: the nearest command alone would pass it at full speed, and swing about it for ever.
     """
     want = target - state.x - state.v
     least, most = _range(bounds, state)
     a = min(max(want, least), most)
-    if abs(a - want) > ROUNDING * (1 + abs(target)):
-        slope = min(max(slope, bounds.v_low), bounds.v_high)
-        relative = State(state.x - target, state.v - slope, state.a)
-        side = 0 if want > a else 1
-        a = _towards(
-            min(max(_brake(bounds, relative), least), most), a,
-            lambda a: _overshoot(bounds, _stepped(relative, a))[side] * (1, -1)[side] <= ROUNDING * (1 + abs(target)),
-        )  # fmt: skip
+    near = ROUNDING * (1 + abs(target))
+    slope = min(max(slope, bounds.v_low), bounds.v_high)
+    relative = State(state.x - target + slope, state.v - slope, state.a)
+    if abs(a - want) > near or abs(relative.x) > near:
+        below = want > a or (want == a and relative.x < 0)
+
+        def short_of_it(a: float) -> bool:
+            highest, lowest = _overshoot(bounds, _stepped(relative, a))
+            return highest <= near if below else lowest >= -near
+
+        a = _towards(min(max(_brake(bounds, relative), least), most), a, short_of_it)
     return _stepped(state, _before_walls(bounds, state, a))
 
 
 def reach_velocity(bounds: Bounds, state: State, target: float, slope: float) -> State:
-    """As :func:`reach`, on the way to velocity ``target``, which changes by ``slope`` per period."""
+    """As :func:`reach`, on the way to velocity ``target``, which changed by ``slope`` in this period."""
     want = target - state.v
     least, most = _range(bounds, state)
     a = min(max(want, least), most)
-    if abs(a - want) > ROUNDING * (1 + abs(target)):
-        slope = min(max(slope, -bounds.acceleration), bounds.acceleration)
-        rest = _largest(abs(want - slope), bounds.jerk)
-        eased = slope + math.copysign(rest, want - slope)
-        a = max(min(a, eased), least) if want > a else min(max(a, eased), most)
+    near = ROUNDING * (1 + abs(target))
+    slope = min(max(slope, -bounds.acceleration), bounds.acceleration)
+    if abs(a - want) > near or abs(want - slope) > near:
+        eased = slope + math.copysign(_largest(abs(want - slope), bounds.jerk), want - slope)
+        a = max(min(a, eased), least) if want > slope else min(max(a, eased), most)
     return _stepped(state, _before_walls(bounds, state, a))
 
 

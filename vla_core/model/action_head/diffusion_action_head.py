@@ -149,4 +149,3 @@ class DiffusionActionHead(ActionHeadBase):
         if self.config.sampler == "ddpm":
             return self.schedule.ddpm_step(x_t, x0, t, previous, noise)
         return self.schedule.mini_vla_seed_step(x0, t, noise)
-

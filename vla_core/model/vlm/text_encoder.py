@@ -1,4 +1,4 @@
-"""Instructions to one feature vector: a word tokenizer and the small GRU of mini-VLA."""
+"""Instructions to ids and to one feature vector: two tokenizers, and the small GRU of mini-VLA."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vla_core.errors import VlaError
+from vla_core.errors import VlaError, choices
+from vla_core.model.vlm.pretrained import library
 
 PAD = 0
 UNKNOWN = 1
@@ -57,6 +58,62 @@ class WordTokenizer:
         if not isinstance(data, dict) or data.get("type") != "word" or not isinstance(data.get("words"), list):
             raise VlaError(f"tokenizer: expected type 'word' and a list of words, found {data}")
         return cls(data["words"])
+
+
+class HubTokenizer:
+    """The tokenizer of a published language model; it travels as plain data, so a robot needs no hub.
+
+    ``prompt`` is what the model reads, with the instruction in its place.
+    """
+
+    def __init__(self, data: str, *, pad_id: int, prompt: str = "{instruction}\n") -> None:
+        """``data`` is the JSON of the tokenizers library; ``pad_id`` must not occur in a text."""
+        if prompt.count("{instruction}") != 1:
+            raise VlaError(f"tokenizer prompt: expected one {{instruction}}, found {prompt!r}")
+        self._data = data
+        self._tokenizer = library("tokenizers").Tokenizer.from_str(data)
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        self.pad_id = pad_id
+        self.prompt = prompt
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, special ones included."""
+        size: int = self._tokenizer.get_vocab_size(with_added_tokens=True)
+        return size
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of the prompt with the instruction ``text``; raises :class:`VlaError` for a padding token."""
+        before, after = self.prompt.split("{instruction}")
+        ids: list[int] = self._tokenizer.encode(before + text + after).ids
+        if self.pad_id in ids:
+            raise VlaError(f"instruction {text!r}: holds the padding token {self.pad_id}, which no model sees")
+        return ids
+
+    def batch(self, texts: Sequence[str]) -> Tensor:
+        """Return ids (B, L) int64, right-padded with ``pad_id`` to the longest of ``texts``."""
+        rows = [torch.tensor(self.encode(text), dtype=torch.int64) for text in texts]
+        return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.pad_id)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for :meth:`from_dict`."""
+        return {"type": "hub", "pad_id": self.pad_id, "prompt": self.prompt, "tokenizer": self._data}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> HubTokenizer:
+        """Read what :meth:`to_dict` wrote; raises :class:`VlaError` when it is something else."""
+        kinds = {"tokenizer": str, "pad_id": int, "prompt": str}
+        if data.get("type") != "hub" or any(not isinstance(data.get(key), kind) for key, kind in kinds.items()):
+            raise VlaError(f"tokenizer: expected type 'hub' with {choices(kinds)}, found {choices(data)}")
+        return cls(data["tokenizer"], pad_id=data["pad_id"], prompt=data["prompt"])
+
+
+def tokenizer_from_dict(data: dict[str, Any]) -> WordTokenizer | HubTokenizer:
+    """Read what ``to_dict`` of either tokenizer wrote."""
+    if isinstance(data, dict) and data.get("type") == "hub":
+        return HubTokenizer.from_dict(data)
+    return WordTokenizer.from_dict(data)
 
 
 class TextEncoderTinyGRU(nn.Module):

