@@ -130,6 +130,9 @@ def _check_sizes(path: Path, config: PolicyConfig, contract: RobotContract, stat
     """Model, contract and statistics must speak of the same numbers."""
     for name in config.observation.names:
         contract.stream(name)
+    if config.observation.extras:
+        raise CheckpointError(f"{path}: mini_vla sees images, state and an instruction, not "
+                              f"{', '.join(config.observation.extras)}")  # fmt: skip
     if set(config.model.cameras) != set(config.observation.images):
         raise CheckpointError(f"{path}: the model's cameras are {choices(config.model.cameras)}, "
                               f"observation.images has {choices(config.observation.images)}")  # fmt: skip

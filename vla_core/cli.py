@@ -194,11 +194,11 @@ def _evaluate(parsed: argparse.Namespace) -> int:
     with bar("evaluate", len(executions) * len(parsed.delay_steps) * parsed.episodes) as advance:
         runs = study(world, policy, executions, parsed.delay_steps, instruction, seeds, parsed.max_steps, advance)
     for run in runs:
-        low, high = run["success_ci95"]
+        rate, trials, (low, high) = run["success_rate"], run["trials"], run["success_ci95"]
+        late = f"{run['execution']['strategy']}, chunks {run['delay_steps']} steps late"
         jump = "none" if run["boundary_jump"] is None else f"{run['boundary_jump']:.4f}"
-        print(f"success {run['success_rate']:.2f} (95 % interval {low:.2f} to {high:.2f}) over {run['trials']} episodes "
-              f"of {parsed.task}: {run['execution']['strategy']}, chunks {run['delay_steps']} steps late, boundary jump "
-              f"{jump}")  # fmt: skip
+        print(f"success {rate:.2f} (95 % interval {low:.2f} to {high:.2f}) over {trials} episodes of {parsed.task}: "
+              f"{late}, boundary jump {jump}")  # fmt: skip
     if parsed.out:
         record = {
             "checkpoint": str(parsed.checkpoint), "task": parsed.task, "camera": camera,

@@ -40,7 +40,11 @@ def encode(action: Action, stamp_ns: int, rows: Rows, step_ns: int) -> bytes:
     bad = [name for name, column in zip(action.names, rows.T, strict=True) if not np.isfinite(column).all()]
     if bad:
         raise MessageError(f"{action.topic}: command dropped: {', '.join(bad)} not finite")
-    return serialize(action.type, codec(action).encode(action, stamp_ns, rows, step_ns))
+    message = codec(action).encode(action, stamp_ns, rows, step_ns)
+    try:
+        return serialize(action.type, message)
+    except OverflowError as error:  # a field of 32 bits; it must not become infinite on the way
+        raise MessageError(f"{action.topic}: command dropped: {rows[0].tolist()}: {error}") from None
 
 
 def decode(action: Action, data: bytes | memoryview) -> Rows:
@@ -289,10 +293,15 @@ def _pose_rows(action: Action, poses: list[Any], points: list[Any]) -> Rows:
     columns = {
         "x": [pose.position.x for pose in poses], "y": [pose.position.y for pose in poses],
         "z": [pose.position.z for pose in poses],
-        "yaw": [2.0 * np.arctan2(pose.orientation.z, pose.orientation.w) for pose in poses],
+        "yaw": [_yaw(pose.orientation) for pose in poses],
     }  # fmt: skip
     columns |= {name: [getattr(point, name) for point in points] for name in MOTION if hasattr(points[0], name)}
     return np.array([columns[name] for name in action.names], dtype=np.float64).T
+
+
+def _yaw(q: Any) -> float:
+    """Heading in (-pi, pi] of a quaternion, whichever of its two signs it comes with."""
+    return float(np.arctan2(2 * (q.w * q.z + q.x * q.y), q.w**2 + q.x**2 - q.y**2 - q.z**2))
 
 
 def _new(type_name: str, **fields: Any) -> Any:

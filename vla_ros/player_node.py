@@ -43,6 +43,7 @@ from vla_ros.queues import MEGABYTE, queue_depths
 
 CLOCK_TOPIC = "/clock"
 SLICE_S = 0.1  # the longest wait between two looks at the stop signal
+SETTLE_S = 0.5  # between the subscribers' discovery and the first message
 UNREAD_S = 0.005  # between two looks at a disk that has not brought the next message
 TURN_NS = 20_000_000  # how long publishing may keep services waiting when there is always something due
 LAG_NS = 100_000_000  # behind its schedule by more than this, the player cannot keep up
@@ -119,6 +120,7 @@ class PlayerNode(Node):
         ahead = ReadAhead(self._path, set(self._played), self._first_ns, self._share)
         spun_ns = time.monotonic_ns()
         begun = False
+        last_bag_ns, last_ns = self._first_ns, 0
         try:
             while not stop() and not self._stopped:
                 message = ahead.peek()
@@ -130,10 +132,11 @@ class PlayerNode(Node):
                 if message is None and ahead.finished:
                     self._publish_clock()
                     return True
-                due_ns = None if message is None else self._head.due_ns(message.receive_ns)
+                due_ns = None if message is None else self._head.next_ns(message.receive_ns, last_bag_ns, last_ns)
                 if message is not None and due_ns is not None and due_ns <= now_ns:
-                    self._lag_ns = max(self._lag_ns, now_ns - due_ns)
+                    self._lag_ns = max(self._lag_ns, now_ns - (self._head.due_ns(message.receive_ns) or now_ns))
                     self._publish(message)
+                    last_bag_ns, last_ns = message.receive_ns, now_ns
                     ahead.pop()
                     if now_ns - spun_ns < TURN_NS:
                         continue
@@ -195,17 +198,24 @@ class PlayerNode(Node):
         while wanted and not stop() and not self._stopped:
             listening: set[str] = set()
             matched = True
-            for name in episodes or self._played:
-                publisher = self._publishers_by_topic[name]
+            for name, publisher in self._publishers_by_topic.items():
                 listeners = self.get_subscriptions_info_by_topic(publisher.topic_name)
-                listening |= {info.node_name for info in listeners}
+                if not episodes or name in episodes:
+                    listening |= {info.node_name for info in listeners}
                 matched = matched and publisher.get_subscription_count() >= len(listeners)
             if wanted <= listening and matched:
+                # Whether they know these publishers in turn, nobody tells; best-effort messages would be lost.
+                self._spin_for(SETTLE_S, executor)
                 return
             if time.monotonic() > deadline:
                 absent = choices(wanted - listening or wanted)
                 raise VlaError(f"waited {value(self, 'wait_timeout_s'):.0f} s in vain for {absent} to listen")
             executor.spin_once(timeout_sec=0.05)
+
+    def _spin_for(self, seconds: float, executor: Any) -> None:
+        deadline = time.monotonic() + seconds
+        while (left := deadline - time.monotonic()) > 0:
+            executor.spin_once(timeout_sec=left)
 
     def _on_pause(self, request: Any, response: Any) -> Any:
         """Service: stand still."""

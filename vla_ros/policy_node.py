@@ -228,7 +228,8 @@ class PolicyNode(LifecycleNode):
         if policy.contract.offline:
             raise VlaError(f"checkpoint {folder}: its contract is offline, it sees the future; no robot has that")
         changes = [change for entry in value(self, "execution") for change in entry.split()]
-        core = PolicyCore(policy, policy.checkpoint.config.execution.changed(override({}, changes)))
+        execution = policy.checkpoint.config.execution.changed(override({}, changes))
+        core = PolicyCore(policy, execution, wall_clock=not (self._synchronous or value(self, "use_sim_time")))
         for action in core.contract.actions.values():
             check_action(action)
         core.warm_up()

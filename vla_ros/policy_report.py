@@ -57,7 +57,8 @@ def percentiles(name: str, samples: Sequence[float]) -> dict[str, float | None]:
 def sensor_values(core: PolicyCore, at_ns: int) -> dict[str, tuple[str, dict[str, float | int | str | None]]]:
     """Per stream: what is wrong with it (empty: nothing), and its rate, age, duplicates and losses."""
     out: dict[str, tuple[str, dict[str, float | int | str | None]]] = {}
-    reasons = {reason.split(" ")[0]: reason for reason in core.builder.absent(core.buffer, at_ns)}
+    lines = [*core.builder.absent(core.buffer, at_ns), *core.builder.masked(core.buffer, at_ns)]
+    reasons = {line.split(" ")[0]: line for line in lines}
     for name, stream in core.builder.streams.items():
         statistics = core.buffer.statistics(name)
         newest_ns = core.buffer.newest_ns(name)

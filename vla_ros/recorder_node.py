@@ -39,7 +39,7 @@ from vla_core.data.bag import CONTRACT_KEY
 from vla_core.data.episodes import EPISODE_STATES, EPISODE_TOPIC, EPISODE_TYPE
 from vla_core.data.recording import Arrival, ByteBudget, EarlyArrivals, LossCounter, Recording, RecordingThread
 from vla_core.errors import VlaError
-from vla_core.observation.messages import header_stamp_ns
+from vla_core.observation.messages import header_stamp_ns, known_type
 from vla_ros import process
 from vla_ros.bridge import CHUNK_TOPIC, EPISODE_QOS, message_class, stream_qos
 from vla_ros.msg import Episode
@@ -100,6 +100,8 @@ class RecorderNode(Node):
         if self._output.exists() and any(self._output.iterdir()):
             raise VlaError(f"{self._output} is not empty; recordings never overwrite, choose another output")
         feeds = self._chosen_feeds()
+        for feed in feeds:
+            known_type(feed.type)  # also loads the definitions, which would hold up the first messages for a second
         share = value(self, "max_memory_mb") * MEGABYTE // 2
         depths = queue_depths([feed.type for feed in feeds], share)
         self._output.mkdir(parents=True, exist_ok=True)

@@ -31,6 +31,7 @@ from vla_ros.bridge import COMMAND_QOS, candidate_topic, command_publishers, mes
 from vla_ros.parameters import contract_of, declare, value
 
 ACK_TIMEOUT = Duration(seconds=1)
+CALM_S = 0.1  # least time between two diagnostics that are about no stop
 LEVELS = {"waiting": DiagnosticStatus.OK, "passing": DiagnosticStatus.OK, "intervening": DiagnosticStatus.WARN,
           "stopping": DiagnosticStatus.ERROR, "latched": DiagnosticStatus.ERROR}  # fmt: skip
 
@@ -41,9 +42,7 @@ class SafetyNode(LifecycleNode):
     def __init__(self, **options: Any) -> None:
         super().__init__("safety", **options)
         declare(self, "contract", "", "the robot's contract, a name in config/robots or a file")
-        declare(
-            self, "checkpoint", "", "folder of a policy; its contract counts when contract is empty"
-        )
+        declare(self, "checkpoint", "", "folder of a policy; its contract counts when contract is empty")
         declare(self, "autostart", True, "configure and activate at start")
         declare(self, "stop_timeout_s", 2.0, "how long the last stop may slow down before the safe action is sent "
                                              "whatever the limits, s", low=0.0, high=30.0)  # fmt: skip
@@ -51,7 +50,8 @@ class SafetyNode(LifecycleNode):
         self.fault = ""  # why the last transition failed
         self._active = False
         self._held: list[tuple[Callable[[Any], Any], Any]] = []  # how to destroy it, and what
-        self._shown = ("", "")  # state and causes of the last diagnostics
+        self._shown = ("waiting", "")  # state and causes of the last diagnostics that were due to a change
+        self._shown_s = 0.0
 
     def autostart(self) -> bool:
         """Configure and activate when the parameter asks for it; False when a transition failed (it was logged)."""
@@ -110,10 +110,10 @@ class SafetyNode(LifecycleNode):
         self._command_publishers = command_publishers(self, self.contract)
         self._diagnostics = self.create_publisher(DiagnosticArray, "/diagnostics", 10)
         self._held = [(self.destroy_publisher, p) for p in (*self._command_publishers.values(), self._diagnostics)]
-        # Sensors go first: the executor hands out in this order what waits at the same time.
+        # Sensors go first: the executor hands out in this order what waits at the same time. Only the newest counts.
         for name in stage.sensors:
             stream = self.contract.observations[name]
-            self._held.append((self.destroy_subscription, subscribe_stream(self, stream, self._on_sensor(name))))
+            self._held.append((self.destroy_subscription, subscribe_stream(self, stream, self._on_sensor(name), 1)))
         for name, action in self.contract.actions.items():
             subscription = self.create_subscription(
                 message_class(action.type), candidate_topic(action.topic), self._on_candidate(name), COMMAND_QOS,
@@ -180,9 +180,16 @@ class SafetyNode(LifecycleNode):
 
     def _on_candidate(self, name: str) -> Callable[[bytes], None]:
         def answer(data: bytes) -> None:
-            if self._active and self.stage is not None:
-                self._publish(self.stage.candidate(name, data, self._now_ns(), time.monotonic_ns()))
-                self._report_changes()
+            stage = self.stage
+            if not self._active or stage is None:
+                return
+            try:
+                self._publish(stage.candidate(name, data, self._now_ns(), time.monotonic_ns()))
+            except Exception:  # whatever it is: the robot must not be left with its last command
+                self.get_logger().error(traceback.format_exc())
+                stage.trip(f"internal error at a candidate of {name}, see the log")
+                self._publish(stage.tick(self._now_ns(), time.monotonic_ns()))
+            self._report_changes()
 
         return answer
 
@@ -215,11 +222,15 @@ class SafetyNode(LifecycleNode):
         """Diagnostics at once when the state, or what a stop is about, has changed."""
         assert self.stage is not None, "called after its use"
         shown = (self.stage.state, "; ".join(self.stage.faults()))
-        if shown != self._shown:
-            self._shown = shown
-            if LEVELS[shown[0]] == DiagnosticStatus.ERROR:
-                self.get_logger().warning(f"{shown[0]}: {self._why(self.stage)}", throttle_duration_sec=1.0)
-            self._publish_diagnostics()
+        if shown == self._shown:
+            return
+        stops = [LEVELS[state] == DiagnosticStatus.ERROR for state in (shown[0], self._shown[0])]
+        if not any(stops) and time.monotonic() - self._shown_s < CALM_S:
+            return  # a clamp that comes and goes with every command
+        self._shown = shown
+        if stops[0]:
+            self.get_logger().warning(f"{shown[0]}: {self._why(self.stage)}", throttle_duration_sec=1.0)
+        self._publish_diagnostics()
 
     @staticmethod
     def _why(stage: SafetyStage) -> str:
@@ -240,6 +251,7 @@ class SafetyNode(LifecycleNode):
         message = DiagnosticArray(status=[status])
         message.header.stamp = self.get_clock().now().to_msg()
         self._diagnostics.publish(message)
+        self._shown_s = time.monotonic()
 
     def _now_ns(self) -> int:
         return int(self.get_clock().now().nanoseconds)

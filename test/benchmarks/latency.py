@@ -6,10 +6,14 @@ where the observation's arrival drives the answer; with ``asynchronous`` command
 wait for it, half a period in the mean, would hide what is measured here. From each of its answers the model's time
 for that very observation is taken off: tensors and prediction, as the node itself logs it.
 
-Two peers, since decoding belongs to a policy's graph and not to a chain of messages. ``chain`` takes the same
-serialized messages with the same QoS and answers with a command: what is left above it is this package's own work,
-decoding and resizing included. ``decoding`` is the plain node that does that work too: ordinary subscriptions, OpenCV
-to the model's pixels, a command. Both rows carry the same goal.
+Decoding belongs to a policy's graph and not to a chain of messages, so that three rows answer for each image:
+
+``against bare``            the peer takes the same serialized messages with the same QoS and answers with a command;
+                            what is above it is all of this package's own work, decoding and resizing included
+``unobserved, …``           the same without the time of observing (decoding, resizing), as the node itself logs it:
+                            what storing, scheduling, executing and encoding cost
+``against decoding``        the peer is the plain node that does that work too: ordinary subscriptions, OpenCV to the
+                            model's pixels, a command
 """
 
 from __future__ import annotations
@@ -42,22 +46,30 @@ def latency(title: str, camera_type: str, width: int, height: int) -> Callable[[
 
     def benchmark(settings: Settings) -> Iterator[Row]:
         count = LONG_COUNT if settings.long else COUNT
-        found, model_ms = _measure(camera_type, width, height, RUNS * count)
-        policy = found["policy"] - model_ms[-len(found["policy"]) :]
-        for peer, description in PEERS.items():
-            for percent in (50, 99):
-                pairs = [
-                    (float(np.percentile(own, percent)), float(np.percentile(other, percent)))
-                    for own, other in zip(policy.reshape(RUNS, -1), found[peer].reshape(RUNS, -1), strict=True)
-                ]
-                name = f"{title}, against {peer}, p{percent}"
-                yield compared(name, "ms", pairs, description, GOAL)
+        found, log = _measure(camera_type, width, height, RUNS * count)
+        policy = found["policy"] - log["inference_ms"]
+        yield from _rows(title, policy, found, "bare")
+        if "observe_ms" in log:
+            yield from _rows(f"{title}, unobserved", policy - log["observe_ms"], found, "bare")
+        yield from _rows(title, policy, found, "decoding")
 
     return benchmark
 
 
-def _measure(camera_type: str, width: int, height: int, count: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Latencies (count,) of each node, and the policy's model times, of which the last belong to them; all in ms."""
+def _rows(title: str, policy: np.ndarray, found: dict[str, np.ndarray], peer: str) -> Iterator[Row]:
+    """The 50th and the 99th percentile of latencies (n,) in ms, in runs of equal length."""
+    for percent in (50, 99):
+        pairs = [
+            (float(np.percentile(own, percent)), float(np.percentile(other, percent)))
+            for own, other in zip(policy.reshape(RUNS, -1), found[peer].reshape(RUNS, -1), strict=True)
+        ]
+        yield compared(f"{title}, against {peer}, p{percent}", "ms", pairs, PEERS[peer], GOAL)
+
+
+def _measure(
+    camera_type: str, width: int, height: int, count: int
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Latencies (count,) of each node, and of the policy's log what it needed for the same observations; all in ms."""
     with tempfile.TemporaryDirectory() as scratch, Processes(Path(scratch)) as group:
         folder = Path(scratch)
         save_small(folder / "checkpoint", robot(camera_type, RATE_HZ))
@@ -75,4 +87,5 @@ def _measure(camera_type: str, width: int, height: int, count: int) -> tuple[dic
         log = json.loads((folder / "log" / "latency.json").read_text(encoding="utf-8"))
     if len(log["inference_ms"]) < count:
         raise BenchmarkError(f"the policy answered {count} observations and inferred {len(log['inference_ms'])} times")
-    return {name: np.asarray(values) / 1e6 for name, values in found.items()}, np.asarray(log["inference_ms"])
+    stages = {name: np.asarray(log[name][-count:]) for name in ("inference_ms", "observe_ms") if name in log}
+    return {name: np.asarray(values) / 1e6 for name, values in found.items()}, stages

@@ -38,6 +38,7 @@ COMMAND_TOPIC = "command"
 POINT_BYTES = {16: ("x", "y", "z", "intensity"), 22: ("x", "y", "z", "intensity", "ring", "time")}
 FIELD_TYPES = {"ring": ("<u2", 4)}  # numpy type and PointField constant; all others are FLOAT32
 SETTLE_S = 30.0
+MATCH_S = 1.0  # a subscriber may learn of its publisher later than the other way round, and nobody tells
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,6 +235,7 @@ class Load:
         while True:
             alone = [p.topic_name for p in self._publishers if p.get_subscription_count() < count]
             if not alone:
+                time.sleep(MATCH_S)
                 return
             if time.monotonic() > deadline:
                 raise VlaError(f"waited {timeout_s:.0f} s in vain for {count} subscribers of {', '.join(alone)}")

@@ -65,7 +65,7 @@ def to_model(message: Any) -> Any:
     from test.benchmarks.robots import SIDE
 
     if hasattr(message, "format"):
-        pixels = cv2.imdecode(np.frombuffer(message.data, np.uint8), cv2.IMREAD_COLOR_RGB)
+        pixels: Any = cv2.imdecode(np.frombuffer(message.data, np.uint8), cv2.IMREAD_COLOR_RGB)
     else:
         pixels = np.frombuffer(message.data, np.uint8).reshape(message.height, message.width, 3)
     return cv2.resize(pixels, (SIDE, SIDE), interpolation=cv2.INTER_AREA)
@@ -85,7 +85,7 @@ def timing(node: Any, rate_hz: float) -> None:
 def storing(node: Any, contract: Path) -> dict[str, int]:
     """Keep the newest messages of every stream; returns the counts that go on growing, by topic."""
     from vla_core.contract import RobotContract
-    from vla_ros.bridge import subscribe_stream
+    from vla_ros.bridge import message_class, stream_qos
 
     counts: dict[str, int] = {}
 
@@ -100,7 +100,8 @@ def storing(node: Any, contract: Path) -> dict[str, int]:
 
     for stream in RobotContract.load(contract).observations.values():
         counts[stream.topic] = 0
-        subscribe_stream(node, stream, keep(stream.topic))
+        kind, callback = message_class(stream.type), keep(stream.topic)
+        node.create_subscription(kind, stream.topic, callback, stream_qos(stream), raw=True)
     return counts
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from test.benchmarks.robots import NAMES, SIDE
-from vla_core.checkpoint import Checkpoint, Execution, PolicyConfig
+from vla_core.checkpoint import Checkpoint, PolicyConfig
 from vla_core.contract import RobotContract
 from vla_core.model.action_head.diffusion_action_head import DiffusionHeadConfig
 from vla_core.model.action_head.mlp_action_head import MLPHeadConfig
@@ -22,6 +22,7 @@ from vla_core.model.vlm.text_encoder import WordTokenizer
 from vla_core.model.vlm.vision_encoder import TinyCNNConfig
 from vla_core.observation.builder import ImageSize, Observation, ObservationSpec
 from vla_core.observation.normalizer import Normalization, Normalizer
+from vla_core.runtime.execution import Execution
 from vla_core.runtime.policy import Policy
 
 TRAIN_STEPS = 1000

@@ -19,6 +19,7 @@ TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 STOP_S = 15.0
 POLL_S = 0.05
+DOMAINS = range(215, 232)  # beyond those of users and tests; their ports are below 65536 and above the ephemeral ones
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -69,7 +70,7 @@ class Processes:
         self.children: list[Child] = []
         self._environment = {
             **os.environ,
-            "ROS_DOMAIN_ID": str(1 + os.getpid() % 100),
+            "ROS_DOMAIN_ID": str(DOMAINS[os.getpid() % len(DOMAINS)]),
             "OMP_NUM_THREADS": "1",  # a busy core more would be a load that nobody asked for
             "OMP_WAIT_POLICY": "passive",
         }

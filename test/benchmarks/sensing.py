@@ -110,6 +110,9 @@ def middleware_bytes() -> int:
 
 def _losses(published: dict[str, int], seen: dict[str, dict[str, str]], kept: dict[str, int]) -> Iterator[Row]:
     """Messages that were published and not stored, IMUs first: their goal is none."""
+    status = seen.get("/policy: policy", {})
+    if not int(status.get("chunks", 0)) or not int(status.get("commands", 0)):
+        raise BenchmarkError(f"the policy node did not act: {status}")
     stored = {values["topic"]: int(values["received"]) for values in seen.values() if "received" in values}
     if set(published) - set(stored):
         raise BenchmarkError(f"/diagnostics name no {', '.join(sorted(set(published) - set(stored)))}")
@@ -118,6 +121,8 @@ def _losses(published: dict[str, int], seen: dict[str, dict[str, str]], kept: di
         total = sum(published[topic] for topic in topics)
         for who, counts in (("policy node", stored), ("bare subscriptions", kept)):
             lost = sum(published[topic] - counts[topic] for topic in topics)
+            if lost < 0:
+                raise BenchmarkError(f"the {who} got {-lost} {kind} messages too many: somebody else publishes them")
             name = f"{kind} messages of {total} that the {who} lost"
             yield measured(name, "messages", [lost], goal if who == "policy node" else "")
 

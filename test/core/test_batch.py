@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
+
 from vla_core.model.vlm.text_encoder import WordTokenizer
 from vla_core.observation.batch import collate
 from vla_core.observation.builder import Observation, ObservationBuilder

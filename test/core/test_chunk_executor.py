@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 
 from vla_core.model.action_head.diffusion_action_head import DiffusionHeadConfig
 from vla_core.observation.builder import Unobserved
-from vla_core.runtime.chunk_executor import ActionChunk, ChunkExecutor
+from vla_core.runtime.chunk import ActionChunk
+from vla_core.runtime.chunk_executor import ChunkExecutor
 from vla_core.runtime.core import PolicyCore
+from vla_core.runtime.execution import Execution
 from vla_core.runtime.policy import Policy
 
 from .helpers import START, STEP, arm, camera, checkpoint, task
@@ -30,7 +32,7 @@ arrivals = st.lists(
 def test_the_row_of_an_instant(arrived: list[tuple[int, int, int]], step: int, at: int) -> None:
     """Of the chunks that have arrived by ``at``, the newest observation's says what happens at ``at``."""
     order = sorted(range(len(arrived)), key=lambda i: arrived[i][0] + arrived[i][1])
-    executor, best = ChunkExecutor(2), None
+    executor, best = ChunkExecutor(Execution(steps=2)), None
     for i in order:
         stamp, delay, rows = arrived[i]
         if stamp + delay > at:
@@ -51,7 +53,7 @@ def test_the_row_of_an_instant(arrived: list[tuple[int, int, int]], step: int, a
 
 
 def test_a_late_chunk_skips_the_rows_that_passed() -> None:
-    executor = ChunkExecutor(2)
+    executor = ChunkExecutor(Execution(steps=2))
     executor.push(chunk(100, name=1))
     assert executor.action(125)[0].tolist() == [1, 2]  # type: ignore[index]
     executor.push(chunk(110, name=2))  # computed from 110, arrives at 135
@@ -59,13 +61,13 @@ def test_a_late_chunk_skips_the_rows_that_passed() -> None:
 
 
 def test_nothing_is_done_before_the_observation_or_after_the_last_row() -> None:
-    executor = ChunkExecutor(2)
+    executor = ChunkExecutor(Execution(steps=2))
     executor.push(chunk(100))
     assert [executor.action(at) is None for at in (99, 100, 139, 140)] == [True, False, False, True]
 
 
 def test_an_older_observation_never_replaces_a_newer_one() -> None:
-    executor = ChunkExecutor(2)
+    executor = ChunkExecutor(Execution(steps=2))
     executor.push(chunk(100, name=1))
     executor.push(chunk(90, name=2))
     assert executor.action(100)[0].tolist() == [1, 0]  # type: ignore[index]
@@ -77,7 +79,7 @@ def test_an_older_observation_never_replaces_a_newer_one() -> None:
 
 @pytest.mark.parametrize("execute", [1, 2, 4, 9])
 def test_due_after_the_rows_that_are_meant_to_run(execute: int) -> None:
-    executor = ChunkExecutor(execute)
+    executor = ChunkExecutor(Execution(steps=execute))
     assert executor.due(0)
     executor.push(chunk(100))
     for at in range(80, 220):
@@ -172,7 +174,7 @@ def test_warm_up_leaves_no_trace() -> None:
 
 
 def test_a_clock_that_was_set_back_is_followed_and_a_late_chunk_is_not() -> None:
-    executor = ChunkExecutor(2)
+    executor = ChunkExecutor(Execution(steps=2))
     hour = 3600 * 10**9
     executor.start_episode(hour)
     now = ActionChunk(hour, 10, np.ones((3, 1)))

@@ -223,11 +223,25 @@ def test_an_evaluation_in_the_simulator(sawyer: Path, capsys: pytest.CaptureFixt
     assert main([*common, "--out", "new/figures.json"]) == 0
     assert "success 0.00 (95 % interval 0.00 to 0.66) over 2 episodes of push-v3" in capsys.readouterr().out
     figures = json.loads((sawyer / "new" / "figures.json").read_text())
-    assert figures["success_rate"] == 0 and figures["success_ci95"] == pytest.approx([0, 0.6576], abs=1e-4)
     assert figures["instruction"] == "push the puck to the goal"
-    assert figures["episodes"] == [{"seed": seed, "success": False, "steps": 24} for seed in (30, 31)]
+    (run,) = figures["runs"]
+    assert run["success_rate"] == 0 and run["success_ci95"] == pytest.approx([0, 0.6576], abs=1e-4)
+    assert run["delay_steps"] == 0 and run["execution"]["strategy"] == "receding"
+    assert [(e["seed"], e["success"], e["steps"]) for e in run["episodes"]] == [(30, False, 24), (31, False, 24)]
     assert main([*common, "--black-camera", "--camera", "topview", "--task", "reach-v3", "--instruction", "stay"]) == 0
     assert "reach-v3" in capsys.readouterr().out
+
+
+def test_a_table_over_strategies_and_delays(sawyer: Path, fails: Fails) -> None:
+    common = ("evaluate", "sawyer", "--episodes", "1", "--max-steps", "12")
+    table = ("--strategy", "receding", "blend", "--delay-steps", "0", "2", "--execution", "steps=3")
+    assert main([*common, *table, "--out", "table.json"]) == 0
+    runs = json.loads(Path("table.json").read_text())["runs"]
+    rows = [(run["execution"]["strategy"], run["execution"]["steps"], run["delay_steps"]) for run in runs]
+    assert rows == [("receding", 3, 0), ("receding", 3, 2), ("blend", 3, 0), ("blend", 3, 2)]
+    assert all(run["boundary_jump"] is not None and run["roughness"] > 0 for run in runs)
+    assert "the head 'mlp' cannot be guided" in fails(*common, "--strategy", "rtc")
+    assert "execution.beta: unknown key" in fails(*common, "--execution", "beta=5")
 
 
 @pytest.mark.parametrize(("option", "value"), [("--episodes", "0"), ("--episodes", "-3"), ("--max-steps", "0")])

@@ -155,9 +155,10 @@ def test_a_mark_within_a_recording_forgets_what_was_before() -> None:
 def test_a_recording_with_two_episodes_does_not_tick_in_between() -> None:
     builder = ObservationBuilder(CONTRACT, ObservationSpec(state=("arm",)))
     first, second = START, START + 50 * STEP
-    recorded = [arm(t + k * STEP, k) for t in (first, second) for k in range(3)] + [mark(first, 0), mark(second, 0)]
+    recorded = [arm(t + k * STEP, k) for t in (first, second) for k in range(3)]
+    recorded += [mark(first, 0), mark(second - 5 * STEP, 0)]  # five steps pass before the new episode's first message
     ticks = list(replay_ticks(recorded, builder, builder.make_buffer()))
-    assert ticks == [first + k * STEP for k in range(50)] + [second + k * STEP for k in range(3)]
+    assert ticks == [first + k * STEP for k in range(45)] + [second + k * STEP for k in range(3)]
 
 
 def test_two_observations_of_one_topic_are_both_fed(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.numpy import load_file
 
 from vla_core.data.bag import BagError
 from vla_core.evaluation.metrics import percentile, wilson_interval
@@ -20,6 +21,7 @@ from vla_core.model.action_head.diffusion_action_head import DiffusionHeadConfig
 from vla_core.observation.builder import Observation
 from vla_core.runtime.chunk_executor import ActionChunk
 from vla_core.runtime.core import PolicyCore
+from vla_core.runtime.execution import Execution
 from vla_core.runtime.policy import Policy
 
 from .helpers import MS, START, STEP, checkpoint, command, stream_messages, write_bag
@@ -179,6 +181,20 @@ def policy() -> Policy:
 def test_a_recorded_run_gives_bit_equal_inputs_and_chunks(tmp_path: Path, policy: Policy) -> None:
     recorded = stream_messages(30)
     live_run(policy, tmp_path / "log", recorded)
+    found = compare(tmp_path / "log", write_bag(tmp_path / "bag", recorded), policy)
+    assert (found.compared, found.inputs_max_abs_diff, found.chunks_max_abs_diff) == (30, 0, 0)
+
+
+def test_guided_chunks_are_replayed_from_what_they_continued(tmp_path: Path) -> None:
+    """Real-time chunking makes a chunk depend on the one before: the log holds what is needed to get it again."""
+    head = DiffusionHeadConfig(hidden_dim=32, train_steps=10, inference_steps=5)
+    guided = checkpoint(head=head)
+    config = dataclasses.replace(guided.config, execution=Execution(strategy="rtc", steps=1, initial_delay_steps=1))
+    policy = Policy(dataclasses.replace(guided, config=config))
+    recorded = stream_messages(30)
+    live_run(policy, tmp_path / "log", recorded)
+    frozen = load_file(tmp_path / "log")["continues.frozen"]
+    assert frozen[0] == -1 and set(frozen[1:].tolist()) == {1}
     found = compare(tmp_path / "log", write_bag(tmp_path / "bag", recorded), policy)
     assert (found.compared, found.inputs_max_abs_diff, found.chunks_max_abs_diff) == (30, 0, 0)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -182,6 +183,16 @@ def test_pixels_are_as_stored_whatever_a_camera_writes_into_exif() -> None:
 def test_what_is_no_picture_is_refused(encoded: bytes) -> None:
     with pytest.raises(MessageError, match=rf"^cam/raw: .*{len(encoded)} bytes.*'jpeg'"):
         decoded(encoded)
+
+
+def test_a_header_that_claims_too_many_pixels_is_refused() -> None:
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 40_000, 40_000, 8, 2, 0, 0, 0))
+    encoded = b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+    with pytest.raises(MessageError, match=r"^cam/raw: .*does not decode"):
+        decoded(encoded, "png")
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])

@@ -1,4 +1,4 @@
-"""vla_core runs where there is no ROS: no module of it may import ROS or the package of the nodes."""
+"""vla_core runs where there is no ROS, and is imported where the extra `train` is not installed."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ MODULES = [".".join(("vla_core", *f.relative_to(ROOT).with_suffix("").parts)).re
 EXACT = {"rclpy", "vla_ros", "launch", "launch_ros", "rosidl_runtime_py", "rosbag2_py", "cv_bridge", "tf2_ros",
          "ament_index_python", "rcl_interfaces", "builtin_interfaces", "rpyutils"}  # fmt: skip
 ENDINGS = ("_msgs", "_srvs", "_interfaces")
+TRAIN = {"transformers", "tokenizers", "peft", "timm", "gguf", "accelerate", "torchvision"}  # the extra `train`
 
 
 def is_ros(module: str) -> bool:
@@ -45,14 +46,16 @@ def test_no_import_statement_names_ros(file: Path) -> None:
     assert not {module for module in imported(file) if is_ros(module)}
 
 
-def test_every_module_imports_where_ros_cannot() -> None:
+@pytest.mark.parametrize("absent", ["ros", "train"])
+def test_every_module_imports_where_an_optional_part_cannot(absent: str) -> None:
+    names, endings = (EXACT, ENDINGS) if absent == "ros" else (TRAIN, ())
     program = f"""
 import importlib, sys
 class Refuse:
     def find_spec(self, name, path=None, target=None):
         top = name.split(".")[0]
-        if top in {EXACT!r} or top.endswith({ENDINGS!r}):
-            raise ImportError("ROS is not here: " + name)
+        if top in {names!r} or top.endswith({endings!r}):
+            raise ImportError("it is not here: " + name)
 sys.meta_path.insert(0, Refuse())
 for name in {MODULES!r}:
     importlib.import_module(name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,29 @@ def test_a_long_bag_is_on_time_to_the_nanosecond_at_its_end() -> None:
     head = Playhead(0, 1.0, 0)
     assert [head.due_ns(day_ns + k) for k in range(3)] == [day_ns + k for k in range(3)]
     assert Playhead(0, 0.1, 0).due_ns(day_ns) == 10 * day_ns, "0.1 is a tenth, not its binary neighbour"
+
+
+@given(RATES, st.lists(st.integers(0, 10**9), min_size=1, max_size=40), st.integers(0, 40), st.integers(0, 10**10))
+def test_catching_up_is_no_burst_and_comes_to_an_end(
+    rate: float, gaps: list[int], stall_at: int, stall_ns: int
+) -> None:
+    """A player that is held up once, on a clock of the test: never early, at most twice the rate, then on time."""
+    head, now, last = Playhead(0, rate, 0), 0, (0, 0)
+    bag_ns, left = 0, []
+    for k, gap in enumerate(gaps):
+        bag_ns += gap
+        at = head.next_ns(bag_ns, *last)
+        assert at is not None
+        now = max(now, at) + (stall_ns if k == stall_at else 0)
+        left.append((bag_ns, now))
+        last = (bag_ns, now)
+    late = [now - (head.due_ns(bag_ns) or 0) for bag_ns, now in left]
+    assert min(late) >= 0
+    for (bag_before, before), (bag_after, after) in pairwise(left):
+        assert (after - before) * 2 * Fraction(str(rate)) >= bag_after - bag_before - 2 * Fraction(str(rate)) - 1
+    for k, (at, _) in enumerate(left):
+        behind = max(0, stall_ns - int((at - left[stall_at][0]) / Fraction(str(rate)) / 2)) if k >= stall_at else 0
+        assert late[k] <= behind + len(gaps), "each message that plays at twice the rate wins half its gap back"
 
 
 def taken(ahead: ReadAhead, wait_s: float = WAIT_S) -> list[Serialized]:

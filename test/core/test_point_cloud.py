@@ -170,7 +170,7 @@ def test_absolute_times_become_relative_before_they_are_rounded(unit: str, per_s
 def test_fields_of_several_elements_are_named_by_their_index() -> None:
     message = cloud([("normal", 0, 7, 3)], np.arange(6, dtype="<f4").tobytes(), 2, 12)
     assert point_cloud(message, stream("normal.2", "normal.0")).tolist() == [[2, 0], [5, 3]]
-    with pytest.raises(MessageError, match="no field 'normal'; the message has: normal.0, normal.1, normal.2"):
+    with pytest.raises(MessageError, match=r"no field 'normal'; the message has: normal\.0, normal\.1, normal\.2"):
         point_cloud(message, stream("normal"))
     message = cloud([("x", 0, 7, 0)], np.arange(2, dtype="<f4").tobytes(), 2, 4)
     assert point_cloud(message, stream("x"))[:, 0].tolist() == [0, 1], "some drivers leave the count at 0"

@@ -129,7 +129,9 @@ def test_a_discarded_bag_is_gone(tmp_path: Path) -> None:
 
 
 @given(
-    st.lists(st.tuples(st.sampled_from("ab"), st.integers(0, 30), st.integers(0, 20), st.integers(1, 400)), max_size=60),
+    st.lists(
+        st.tuples(st.sampled_from("ab"), st.integers(0, 30), st.integers(0, 20), st.integers(1, 400)), max_size=60
+    ),
     st.integers(0, 2000),
     st.integers(0, 100),
     st.integers(-5, 35),

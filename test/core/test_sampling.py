@@ -101,10 +101,10 @@ def test_interpolate(stamps: list[int], at: int, age: int, tolerance: int | None
 
 
 @settings(max_examples=300)
-@given(arrivals, instants, st.integers(1, 40), st.integers(1, 60))
-def test_window(stamps: list[int], at: int, age: int, length: int) -> None:
+@given(arrivals, instants, st.integers(1, 40), st.integers(1, 60), st.sampled_from([20.0, 50.0, 100.0]))
+def test_window(stamps: list[int], at: int, age: int, length: int, rate: float) -> None:
     buffer, messages = fill(stamps)
-    how = stream(sampling="window", max_age_s=age / 1000, window_s=length / 1000)
+    how = stream(sampling="window", rate_hz=rate, max_age_s=age / 1000, window_s=length / 1000)
     found = pick(buffer, "s", how, at * MS, (at + 100) * MS)  # what is visible beyond the tick is not in its window
     past = [t for t in messages if t <= at * MS]
     inside = sorted(t for t in past if t > (at - length) * MS)

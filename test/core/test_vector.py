@@ -114,7 +114,7 @@ def test_a_path_to_no_number_lists_those_there_are(name: str) -> None:
 
 def test_an_index_beyond_a_fixed_array_is_refused_by_the_type() -> None:
     check_paths(IMU, ["orientation_covariance.8"])
-    with pytest.raises(MessageError, match="no number at 'orientation_covariance.9': 9 elements"):
+    with pytest.raises(MessageError, match=r"no number at 'orientation_covariance\.9': 9 elements"):
         check_paths(IMU, ["orientation_covariance.9"])
 
 

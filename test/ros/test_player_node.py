@@ -224,7 +224,7 @@ def test_damage_ends_in_one_line_after_what_is_readable(
     data[len(data) // 2 : len(data) // 2 + 50_000] = bytes(50_000)
     file.write_bytes(data)
     counts = hear(ros, "/count", 2000)
-    process = play(bag, wait_for=f"[{ros.nodes[0].get_name()}]")
+    process = play(bag, wait_for=f"[{ros.nodes[0].get_name()}]", rate=3.0)
     status, output = ended(ros, process)
     assert status == 1
     errors = [line for line in output.splitlines() if line.startswith("error:")]

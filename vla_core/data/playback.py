@@ -12,6 +12,8 @@ from pathlib import Path
 from vla_core.data.bag import RecordedTopic, Serialized, read_serialized
 from vla_core.data.recording import OVERHEAD_BYTES
 
+CATCH_UP = 2  # how many times its rate a player that is behind may play
+
 
 class Playhead:
     """Bag time against a steady clock, both integer nanoseconds.
@@ -42,6 +44,17 @@ class Playhead:
             return None
         ahead = Fraction(bag_ns - self._from_bag_ns) / self._rate
         return self._from_ns - int(-ahead // 1)  # rounded up
+
+    def next_ns(self, bag_ns: int, last_bag_ns: int, last_ns: int) -> int | None:
+        """When to publish what is at ``bag_ns``, after the message at ``last_bag_ns`` left at ``last_ns``.
+
+        That is when it is due, and None while paused. Behind schedule, catching up goes at :data:`CATCH_UP` times the
+        rate: a burst would overrun the queues of those who listen.
+        """
+        due_ns = self.due_ns(bag_ns)
+        if due_ns is None:
+            return None
+        return max(due_ns, last_ns + int(max(0, bag_ns - last_bag_ns) / (CATCH_UP * self._rate)))
 
     def restart(self, bag_ns: int, now_ns: int) -> None:
         """Go to ``bag_ns``; a pause stays one."""

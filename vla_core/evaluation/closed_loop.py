@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -134,6 +134,14 @@ def study(
             results = evaluate(world, PolicyCore(policy, execution), instruction, seeds, max_steps, note, delay)
             runs.append({
                 "execution": to_dict(execution), "delay_steps": delay, **summarize(results),
-                "episodes": [asdict(result) for result in results],
+                "episodes": [_record(result) for result in results],
             })  # fmt: skip
     return runs
+
+
+def _record(result: EpisodeResult) -> dict[str, Any]:
+    jumps = result.boundary_jumps
+    return {
+        "seed": result.seed, "success": result.success, "steps": result.steps,
+        "boundary_jump": float(np.mean(jumps)) if jumps else None, "roughness": result.roughness,
+    }  # fmt: skip

@@ -9,6 +9,7 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from vla_core.data import bag as bags
+from vla_core.data.episodes import EPISODE_TOPIC, episode_starts
 from vla_core.errors import VlaError
 from vla_core.observation.batch import collate
 from vla_core.observation.builder import Observation, ObservationBuilder, Unobserved
@@ -60,10 +61,14 @@ def compare(log: Path, bag: Path, policy: Policy) -> Parity:
     if bags.CONTRACT_KEY in summary.metadata:
         builder = ObservationBuilder(policy.contract.with_topics_of(summary.contract), policy.spec)
     bags.require_topics(summary, {s.topic: s.type for s in builder.streams.values()})
-    messages = sorted(bags.read(bag, set(builder.by_topic)), key=lambda m: m.stamp_ns)
+    everything = list(bags.read(bag, {*builder.by_topic, EPISODE_TOPIC}))
+    starts = episode_starts(everything)
+    messages = sorted((m for m in everything if m.topic in builder.by_topic), key=lambda m: m.stamp_ns)
     entries: list[tuple[Observation, ActionChunk]] = []
     rows, fed = [], 0
     for row, stamp_ns in enumerate(live["stamp_ns"].tolist()):
+        while starts and starts[0] <= stamp_ns:
+            core.buffer.start_episode(starts.pop(0))
         while fed < len(messages) and messages[fed].stamp_ns <= stamp_ns:
             for name in builder.by_topic[messages[fed].topic]:
                 core.buffer.add(name, messages[fed].stamp_ns, messages[fed].data)
@@ -90,7 +95,7 @@ def _continuation(live: dict[str, np.ndarray], row: int) -> Continuation | None:
         return None
     return Continuation(
         live["continues.actions"][row], live["continues.weights"][row], int(live["continues.frozen"][row]),
-        float(live["continues.max_guidance"][row]),
+        float(live["continues.max_guidance"][row]), float(live["continues.spread"][row]),
     )  # fmt: skip
 
 
@@ -101,14 +106,17 @@ def _max_abs_diff(a: np.ndarray, b: np.ndarray) -> float:
 def _arrays(policy: Policy, entries: list[tuple[Observation, ActionChunk]]) -> dict[str, np.ndarray]:
     """Over N inferences: ``stamp_ns`` (N,), ``chunk`` (N, H, A), and every tensor that the model saw."""
     checkpoint = policy.checkpoint
-    inputs = collate([observation for observation, _ in entries], checkpoint.normalizer, checkpoint.tokenizer)
+    seen = [observation for observation, _ in entries]
+    inputs = collate(seen, checkpoint.normalizer, checkpoint.tokenizer, policy.spec.images)
     return {
         **_continued([chunk for _, chunk in entries]),
         "stamp_ns": np.array([observation.stamp_ns for observation, _ in entries], dtype=np.int64),
         "chunk": np.stack([chunk.actions for _, chunk in entries]),
         "state": inputs.state.numpy(),
         "tokens": inputs.tokens.numpy(),
+        "state_mask": inputs.state_mask.numpy(),
         **{f"image.{name}": pixels.numpy() for name, pixels in inputs.images.items()},
+        **{f"image_mask.{name}": mask.numpy() for name, mask in inputs.image_mask.items()},
     }
 
 
@@ -123,4 +131,5 @@ def _continued(chunks: list[ActionChunk]) -> dict[str, np.ndarray]:
         "continues.weights": np.stack([c.weights for c in found]),
         "continues.frozen": np.array([c.frozen for c in found], dtype=np.int64),
         "continues.max_guidance": np.array([c.max_guidance for c in found]),
+        "continues.spread": np.array([c.spread for c in found]),
     }

@@ -19,7 +19,7 @@ def masked_attention(
     added to the logits, broadcast to (B, H, Q, M). Returns (B, H, Q, d).
     """
     some = allowed.any(dim=-1, keepdim=True)
-    mask = allowed | ~some  # a softmax over nothing would be NaN, and so would its gradient
+    mask = allowed | ~some  # the softmax of an exported model gives NaN over nothing
     if bias is not None:
         mask = torch.where(mask, bias.to(query.dtype), float("-inf"))
     return torch.where(some, F.scaled_dot_product_attention(query, key, value, attn_mask=mask), 0.0)

@@ -87,7 +87,10 @@ def compressed_to_array(message: Any) -> np.ndarray:
         raise MessageError(f"compressed image of format {message.format!r}: its depths are quantized by a transport of "
                            "its own; send the raw or the png compressed image")  # fmt: skip
     flags = cv2.IMREAD_UNCHANGED if encoding in MAP_ENCODINGS else DECODE_FLAGS
-    pixels = cv2.imdecode(message.data, flags) if len(message.data) else None
+    try:
+        pixels = cv2.imdecode(message.data, flags) if len(message.data) else None
+    except cv2.error:  # of a header that claims more than 2^30 pixels
+        pixels = None
     if pixels is None:
         raise MessageError(f"compressed image of {len(message.data)} bytes, format {message.format!r}, does not decode")
     if encoding in MAP_ENCODINGS and (pixels.ndim != 2 or pixels.dtype != np.dtype(MAP_ENCODINGS[encoding])):

@@ -36,8 +36,8 @@ class StreamStatistics:
     ``duplicates`` bear a stamp that was there already (``repeated`` of them in a row until now: a frozen sensor),
     ``late`` are from before the episode or too old to be kept, ``future`` are stamped too far ahead, ``evicted`` were
     dropped for the bound before their span was over. ``resets`` counts jumps back of the stamps.
-    ``newest_ns`` and ``received_ns`` are stamp and time of receipt of the newest message, ``rate_hz`` the rate of the
-    stamps that are held, ``size_bytes`` and ``messages`` what is held.
+    ``newest_ns`` is the newest stamp that is held, ``received_ns`` the time of the last receipt, kept or not,
+    ``rate_hz`` the rate of the stamps that are held, ``size_bytes`` and ``messages`` what is held.
     """
 
     received: int

@@ -67,13 +67,14 @@ def _held(held: Stamped | None, at_ns: int, limit_ns: int | None, limit_s: float
 
 def _window(buffer: MemoryBuffer, name: str, stream: Stream, at_ns: int) -> Picked | str:
     """The newest ``window_length`` messages in (tick - window, tick]; the newest of them must not be too old."""
-    newest = _held(buffer.sample(name, at_ns), at_ns, stream.max_age_ns, stream.max_age_s)
-    if isinstance(newest, str):
-        return newest
     messages = buffer.window(name, at_ns - round(NANOSECONDS * (stream.window_s or 0)), at_ns)
+    newest = messages[-1] if messages else buffer.sample(name, at_ns)
+    held = _held(newest, at_ns, stream.max_age_ns, stream.max_age_s)
+    if isinstance(held, str):
+        return held
     if not messages:
         return f"nothing within the window of {stream.window_s} s"
-    return Picked(messages[-stream.window_length :], newest.stamp_ns)
+    return Picked(messages[-stream.window_length :], held.stamp_ns)
 
 
 def _nearest(buffer: MemoryBuffer, name: str, stream: Stream, at_ns: int, until_ns: int) -> Picked | str:

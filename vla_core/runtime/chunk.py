@@ -15,12 +15,14 @@ class Continuation:
     ``weights``       (H,) float64 in [0, 1]; 0 where there was no plan, and ``actions`` have no say
     ``frozen``        rows at the front that will have been executed when the new chunk arrives
     ``max_guidance``  bound on the guidance weight
+    ``spread``        standard deviation of normalized actions that the guidance reckons with
     """
 
     actions: np.ndarray
     weights: np.ndarray
     frozen: int
     max_guidance: float
+    spread: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,9 @@ def soft_mask(rows: int, overlap: int, frozen: int) -> np.ndarray:
     return np.where(i >= overlap, 0.0, np.where(i < frozen, 1.0, falling))
 
 
-def continuation(old: ActionChunk, stamp_ns: int, frozen: int, max_guidance: float) -> Continuation | None:
+def continuation(
+    old: ActionChunk, stamp_ns: int, frozen: int, max_guidance: float, spread: float = 1.0
+) -> Continuation | None:
     """Place ``old`` on the rows of a chunk observed at ``stamp_ns``, by time; None when it covers none of them.
 
     Row i of the new chunk gets the old row that would be commanded at its start. ``frozen`` is held to the overlap:
@@ -74,4 +78,4 @@ def continuation(old: ActionChunk, stamp_ns: int, frozen: int, max_guidance: flo
     overlap = count - first
     frozen = min(frozen, overlap)
     rows = np.minimum(first + np.arange(count), count - 1)
-    return Continuation(old.actions[rows], soft_mask(count, overlap, frozen), frozen, max_guidance)
+    return Continuation(old.actions[rows], soft_mask(count, overlap, frozen), frozen, max_guidance, spread)

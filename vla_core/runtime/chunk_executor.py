@@ -104,7 +104,10 @@ class ChunkExecutor:
         with self._lock:
             if not self._held:
                 return None
-            return continuation(self._held[-1].chunk, stamp_ns, self.expected_delay_steps, self.execution.max_guidance)
+            execution = self.execution
+            return continuation(
+                self._held[-1].chunk, stamp_ns, self.expected_delay_steps, execution.max_guidance, execution.spread
+            )
 
     def action(self, at_ns: int) -> tuple[np.ndarray, ActionChunk] | None:
         """The action (A,) for the tick ``at_ns`` and the newest chunk behind it; None when none covers that instant.

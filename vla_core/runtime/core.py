@@ -33,12 +33,14 @@ class PolicyCore:
     """Memory buffer, observation builder, policy and chunk executor, wired once.
 
     ``add`` and ``command`` may be called from other threads than ``infer``. ``execution`` replaces the checkpoint's;
-    one that the policy cannot follow is refused.
+    one that the policy cannot follow is refused. ``wall_clock`` says that times of receipt are those of the sensors'
+    clock, so that stamps from the future can be told and refused; a simulated clock lags behind the stamps.
     """
 
-    def __init__(self, policy: Policy, execution: Execution | None = None) -> None:
+    def __init__(self, policy: Policy, execution: Execution | None = None, wall_clock: bool = False) -> None:
         self.policy = policy
         self.contract = policy.contract
+        self._wall_clock = wall_clock
         self.builder = ObservationBuilder(policy.contract, policy.spec)
         self.buffer = self.builder.make_buffer()
         self.inference_ms: deque[float] = deque(maxlen=LATENCIES)
@@ -54,7 +56,7 @@ class PolicyCore:
         """Store a message of stream ``name``; returns its stamp: the header's, or ``receive_ns`` without one."""
         stamp = header_stamp_ns(self.builder.streams[name].type, data)
         stamp_ns = receive_ns if stamp is None else stamp
-        self.buffer.add(name, stamp_ns, data)
+        self.buffer.add(name, stamp_ns, data, receive_ns if self._wall_clock else None)
         return stamp_ns
 
     def start_episode(self, stamp_ns: int) -> None:
@@ -102,10 +104,7 @@ class PolicyCore:
 
     def warm_up(self) -> None:
         """Run the model on an empty observation, so that the first real one does not pay for start-up."""
-        spec = self.policy.spec
-        size = sum(len(self.builder.streams[name].names) for name in spec.state)
-        images = {n: np.zeros((s.height, s.width, 3), dtype=np.uint8) for n, s in spec.images.items()}
-        blank = Observation(0, images, np.zeros(size, dtype=np.float32), "", {})
+        blank = self.builder.blank()
         for _ in range(3):
             chunk = self.policy.predict(blank)
         if self.executor.execution.strategy == "rtc":  # the guided sampler is another program

@@ -27,6 +27,8 @@ class Execution:
     ``ensemble_decay``       m of ACT's weights exp(-m i); i = 0 is the oldest chunk
     ``blend_steps``          steps of the cross-fade, from the tick at which the new chunk takes over
     ``max_guidance``         bound on RTC's guidance weight, the paper's beta
+    ``spread``               standard deviation that RTC takes the normalized actions of one observation to have; 1 is
+                             the paper's, a smaller one holds a policy that is sure of itself closer to the old plan
     ``delay_window``         RTC expects the longest delay of this many last chunks
     ``initial_delay_steps``  the delay that RTC expects before it has measured one
     """
@@ -36,6 +38,7 @@ class Execution:
     ensemble_decay: float = 0.01
     blend_steps: int = 4
     max_guidance: float = 5.0
+    spread: float = 1.0
     delay_window: int = 10
     initial_delay_steps: int = 0
 
@@ -48,6 +51,8 @@ class Execution:
         for name in ("ensemble_decay", "max_guidance"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ConfigError(f"{name}: expected a number from 0 on, found {getattr(self, name)}")
+        if not 0 < self.spread < float("inf"):
+            raise ConfigError(f"spread: expected a positive number, found {self.spread}")
 
     def changed(self, values: Mapping[str, Any]) -> Execution:
         """This execution with plain ``values``, such as a node's parameters; strict as a file is."""

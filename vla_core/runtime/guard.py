@@ -54,6 +54,23 @@ class Entry:
             return reach(self.bounds, state, value, slope)
         return reach_velocity(self.bounds, state, value * self.scale, slope * self.scale)
 
+    def within(self, state: State, before: State) -> float:
+        """The command of ``state`` without what rounding adds beyond the bounds, if it was within them ``before``."""
+        slack = ROUNDING * (1 + abs(before.x))
+        value = self.value(state)
+        if self.low - slack <= self.value(before) <= self.high + slack:
+            return min(max(value, self.low), self.high)
+        return value
+
+    def leaves_workspace(self, state: State, value: float) -> bool:
+        """Whether command ``value`` would lead out of the workspace, whatever the other limits make of it."""
+        if self.axis is None:
+            return False
+        if self.is_position:
+            return not self.axis.low <= value <= self.axis.high
+        free = dataclasses.replace(self.bounds, low=-INF, high=INF)
+        return reach_velocity(free, state, value * self.scale, 0.0) != self.reach(state, value, 0.0)
+
     def stop(self, state: State) -> State:
         """One period on the way to the declared safe action."""
         if self.safe_zero:
@@ -153,16 +170,21 @@ class Guard:
                 out.append(value)
             else:
                 altered = True
-                out.append(min(max(entry.value(moved), entry.low), entry.high)
-                           if entry.low <= entry.value(state) <= entry.high else entry.value(moved))  # fmt: skip
+                out.append(entry.within(moved, state))
                 needed = entry.asked(state, value, periods)
-                causes |= dict(entry.broken(state, needed, periods)) or {_wall(entry): f"{entry.name} cannot stop "
-                                                                                       "before its bound"}  # fmt: skip
-                if entry.axis is not None and entry.is_position and _outside(entry.axis, value):
-                    causes["workspace"] = f"{entry.name} {value:.4g} {entry.unit}, outside the workspace"
+                found = dict(entry.broken(state, needed, periods))
+                if entry.leaves_workspace(state, value):
+                    found["workspace"] = f"{entry.name} {value:.4g} {entry.unit} leads out of the workspace"
+                causes |= found or {"bounds": f"{entry.name} could not stop before its bound"}
             states.append(moved)
         self._asked = tuple(asked)
         return Proposal(np.array([out]), (tuple(states),), altered, causes, own)
+
+    def ask(self, values: np.ndarray, periods: int) -> None:
+        """Remember the candidate ``values`` (A,), which is not followed."""
+        if self._asked is not None:
+            chains = zip(self.entries, self._asked, values.tolist(), strict=True)
+            self._asked = tuple(entry.asked(before, value, periods) for entry, before, value in chains)
 
     def hold(self, periods: int) -> Proposal | None:
         """On the way to repeating the last command for ever."""
@@ -203,14 +225,6 @@ class Guard:
 def values_of(entries: Sequence[Entry], states: States) -> np.ndarray:
     """Commands (A,) that ``states`` stand for."""
     return np.array([entry.value(state) for entry, state in zip(entries, states, strict=True)])
-
-
-def _wall(entry: Entry) -> str:
-    return "workspace" if entry.axis is not None else "bounds"
-
-
-def _outside(axis: Axis, value: float) -> bool:
-    return not axis.low <= value <= axis.high
 
 
 def entries_of(action: Action, period_s: float, axes: dict[str, Axis]) -> tuple[Entry, ...]:

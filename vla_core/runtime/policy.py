@@ -45,7 +45,7 @@ class Policy:
 
         Raises :class:`PolicyError` when it is not finite.
         """
-        inputs = collate([observation], self.checkpoint.normalizer, self.checkpoint.tokenizer)
+        inputs = collate([observation], self.checkpoint.normalizer, self.checkpoint.tokenizer, self.spec.images)
         generator = torch.Generator().manual_seed(_noise_seed(self.seed, observation.stamp_ns))
         normalized = self.checkpoint.model.predict(inputs, generator, self._prefix(continues))[0].numpy()  # (H, A)
         actions = self.checkpoint.normalizer.unnormalize("action", normalized)
@@ -61,6 +61,7 @@ class Policy:
             weights=torch.from_numpy(continues.weights.astype(np.float32)),
             frozen=continues.frozen,
             max_guidance=continues.max_guidance,
+            spread=continues.spread,
         )
 
 

@@ -84,11 +84,12 @@ class SafetyStage:
         self.measured = {*self._starts.values(), *([safety.workspace.stream] if safety.workspace else [])}
         self.sensors = tuple(n for n in contract.observations if n in watched or n in self.measured)
         self._watches = {name: Watch(_max_age_ns(contract.observations[name]), self._jump_ns) for name in self.sensors}
-        self._values: dict[str, tuple[bytes, int]] = {}  # newest message and stamp of the measured streams
+        self._positions: dict[str, tuple[dict[str, float], int]] = {}  # newest of the measured streams, and its stamp
         self._now_ns: int | None = None
         self._steady_ns = 0
         self._clock_fault = ""
         self._latched = ""
+        self._stop_sent = False  # whether the safe action was sent since the last fault
         self._state = "waiting"
         self.counts: dict[str, int] = dict.fromkeys(
             ("candidates", "commands", "passed", "early", "unanswered", "stops", "latches"), 0
@@ -136,13 +137,17 @@ class SafetyStage:
     # In and out.
 
     def sensor(self, name: str, data: bytes, now_ns: int, steady_ns: int) -> None:
-        """A message of one of the ``sensors``."""
+        """A message of one of the ``sensors``; raises :class:`MessageError` for one that cannot be used.
+
+        Such a message counts as none: the sensor will be stale.
+        """
         self._advance(now_ns, steady_ns)
         stream = self.contract.observations[name]
         stamp = header_stamp_ns(stream.type, data)
         stamp_ns = now_ns if stamp is None else stamp
-        if self._watches[name].arrive(stamp_ns, now_ns) and name in self.measured:
-            self._values[name] = (data, stamp_ns)
+        positions = self._positions_of(stream, data) if name in self.measured else {}
+        if self._watches[name].arrive(stamp_ns, now_ns) and positions:
+            self._positions[name] = (positions, stamp_ns)
 
     def candidate(self, name: str, data: bytes, now_ns: int, steady_ns: int) -> Frame:
         """Answer a candidate of action ``name``: its command, the safe one instead, or none."""
@@ -156,7 +161,8 @@ class SafetyStage:
             rows = decode(action, data)
             at_ns = now_ns if stamp is None else stamp
         except MessageError as error:
-            fault = ("undecodable", str(error))
+            text = str(error)
+            fault = ("undecodable", text if text.startswith(action.topic) else f"{action.topic}: {text}")
         if self.simulated and rows is not None:  # the clock comes by a topic of its own, and may be behind
             if now_ns - at_ns > self._jump_ns:
                 self._jumped(at_ns - now_ns)
@@ -169,20 +175,24 @@ class SafetyStage:
             if fault and fault[0] == "command_age":
                 at_ns = now_ns
         output.fault = fault
-        return self._answer(name, rows, at_ns, data)
+        early = self.counts["early"]
+        frame = self._answer(name, rows, at_ns, data)
+        self.counts["unanswered"] += not frame and self.counts["early"] == early
+        return frame
 
     def tick(self, now_ns: int, steady_ns: int) -> Frame:
         """Look for faults, once a control period; the safe commands, where no candidates give rise to them."""
         self._advance(now_ns, steady_ns)
-        if not self._must_stop():
+        asked = [output for output in self._outputs.values() if output.candidate_ns is not None]
+        if not asked or not self._must_stop():
             return {}
+        # Candidates give rise to commands while they come: in lockstep, who waits for an answer must get one.
+        at_once = not self._stop_sent and not self.simulated
         frame: Frame = {}
-        for output in self._outputs.values():
-            if output.candidate_ns is None:
-                continue
-            if self.simulated and now_ns - output.candidate_ns < 1.5 * self.contract.step_ns:
-                continue  # in lockstep, who waits for an answer gets one, and time stands still until then
-            frame |= self._act_safely(output, now_ns, "latch")
+        for output in asked:
+            silent_ns = output.heartbeat.age_ns
+            if at_once or silent_ns is None or silent_ns >= 1.5 * self.contract.step_ns:
+                frame |= self._act_safely(output, now_ns, "latch")
         return frame
 
     def halt(self, now_ns: int, steady_ns: int) -> Frame:
@@ -216,11 +226,8 @@ class SafetyStage:
         self._advance(now_ns, steady_ns)
         if not self._latched:
             return "nothing is latched"
-        faults = self.faults()
-        # The latch's own cause may have come from a candidate; the next one shows whether it is over.
-        persisting = [f"{place}: {text}" for place, text in faults.items()]
-        if persisting:
-            return f"the cause persists: {'; '.join(persisting)}"
+        if self.faults():
+            return f"the cause persists: {'; '.join(self.faults().values())}"
         self._latched = ""
         self._state = "stopping"
         return ""
@@ -253,8 +260,8 @@ class SafetyStage:
         return found
 
     def _reaction(self, cause: str) -> str:
-        key = {"undecodable": "not_finite"}.get(cause, cause)
-        key = key if key in WITH_REACTION else "limits"
+        cause = "not_finite" if cause == "undecodable" else cause
+        key = cause if cause in WITH_REACTION else "limits"
         reaction: str = getattr(self.contract.safety.reactions, key)
         return reaction
 
@@ -267,15 +274,17 @@ class SafetyStage:
             stop |= reaction in ("stop", "latch")
             if reaction == "latch":
                 self._latch(cause, text)
-        if stop and self._state != "latched" and self._state != "stopping":
+        if stop and self._state not in ("stopping", "latched"):
             self.counts["stops"] += 1
             self._state = "stopping"
+            self._stop_sent = False
         return stop or bool(self._latched)
 
     def _latch(self, cause: str, text: str) -> None:
         self.reasons[cause] = text
         if not self._latched:
             self._latched = text
+            self._stop_sent = False
             self.counts["latches"] += 1
         self._state = "latched"
 
@@ -285,20 +294,21 @@ class SafetyStage:
         output = self._outputs[name]
         guard = output.guard
         stop = self._must_stop()
-        periods = 1 if isinstance(guard, TrajectoryGuard) else self._periods(output, at_ns)
+        # A stamp of the future must not use up the periods until then.
+        grid_ns = at_ns if self.simulated else min(at_ns, self._now_ns or at_ns)
+        periods = 1 if isinstance(guard, TrajectoryGuard) else self._periods(output, grid_ns)
         if not periods:
             self.counts["early"] += 1
             return {}
         if stop:
-            frame = self._safe(output, at_ns, periods)
-            self._clock_fault = ""  # it was answered: what follows is on the new clock
-            return frame
+            if isinstance(guard, Guard) and rows is not None and np.isfinite(rows).all():
+                guard.ask(rows[0], periods)
+            return self._safe(output, at_ns, periods)
         if output.fault is not None or rows is None:  # declared to hold
             return self._hold(output, at_ns, periods, [output.fault[0]] if output.fault else [])
         waits = self._place(name, guard, at_ns)
         if waits:
             self.reasons["start"] = waits
-            self.counts["unanswered"] += 1
             return {}
         whole = isinstance(guard, TrajectoryGuard)
         proposal = guard.propose(rows, at_ns) if whole else guard.propose(rows[0], periods)
@@ -333,7 +343,6 @@ class SafetyStage:
         self._state = "intervening"
         proposal = None if isinstance(output.guard, TrajectoryGuard) else output.guard.hold(periods)
         if proposal is None:
-            self.counts["unanswered"] += 1
             return {}
         return self._send(output, proposal, at_ns, None, causes)
 
@@ -344,13 +353,14 @@ class SafetyStage:
         """
         causes = list(dict.fromkeys(cause for cause, _ in self._faults().values())) or [otherwise]
         guard = output.guard
+        self._clock_fault = ""  # it is answered now: what follows is on the new clock
+        self._stop_sent = True
         if isinstance(guard, TrajectoryGuard):
             proposal = None if guard.rests else guard.stop(at_ns)
         else:
             self._place_measured(guard, at_ns)
             proposal = guard.stop(periods)
         if proposal is None:
-            self.counts["unanswered"] += 1
             return {}
         return self._send(output, proposal, proposal.stamp_ns or at_ns, None, causes)
 
@@ -361,7 +371,9 @@ class SafetyStage:
         for cause in causes:
             self.counts[cause] = self.counts.get(cause, 0) + 1
         if data is None:
-            data = encode(output.action, at_ns, proposal.rows, self.contract.chunk_step_ns)
+            whole = output.action.publish == "chunk"
+            step_ns = self.contract.chunk_step_ns if whole else self.contract.step_ns
+            data = encode(output.action, at_ns, proposal.rows, step_ns)
         else:
             self.counts["passed"] += 1
         return {output.action.topic: data}
@@ -388,25 +400,25 @@ class SafetyStage:
         if guard.states is not None or name not in self._starts:
             return ""
         stream = self._starts[name]
-        if stream not in self._values or self._watches[stream].fault:
+        if stream not in self._positions or self._watches[stream].fault:
             return f"no measured position of {name} yet: {stream} ({self.contract.observations[stream].topic})"
-        positions = self._position(stream)
+        positions, _ = self._positions[stream]
         guard.start(np.array([positions[entry] for entry in guard.action.names]))
         return ""
 
     def _place_measured(self, guard: Guard, at_ns: int) -> None:
         workspace = self.contract.safety.workspace
-        if workspace is None or guard.states is None or workspace.stream not in self._values:
+        if workspace is None or guard.states is None or workspace.stream not in self._positions:
             return
         if any(entry.axis is not None and not entry.is_position for entry in guard.entries):
-            stamp_ns = self._values[workspace.stream][1]
-            guard.place(self._position(workspace.stream), max(0.0, (at_ns - stamp_ns) / self.contract.step_ns))
+            positions, stamp_ns = self._positions[workspace.stream]
+            guard.place(positions, max(0.0, (at_ns - stamp_ns) / self.contract.step_ns))
 
-    def _position(self, stream: str) -> dict[str, float]:
-        spec = self.contract.observations[stream]
-        values = decode_observation(spec, self._values[stream][0])
+    @staticmethod
+    def _positions_of(stream: Stream, data: bytes) -> dict[str, float]:
+        values = decode_observation(stream, data)
         assert isinstance(values, np.ndarray), "a stream with names gives numbers"
-        return dict(zip(spec.names, values.tolist(), strict=True))
+        return dict(zip(stream.names, values.tolist(), strict=True))
 
     # Time.
 

@@ -93,7 +93,7 @@ class TrajectoryGuard:
 
     def commit(self, proposal: Proposal) -> None:
         """``proposal`` was sent."""
-        first = [] if self._relative else [self._now(proposal.stamp_ns) or self._fallback(proposal)]
+        first = [] if self._relative else [self._now(proposal.stamp_ns) or proposal.states[0]]
         self._plan = (proposal.stamp_ns, [*first, *proposal.states])
         self._stopping = proposal.stops
 
@@ -107,9 +107,6 @@ class TrajectoryGuard:
             return self.states
         stamp_ns, plan = self._plan
         return plan[min(max(0, (at_ns - stamp_ns) // self._step_ns), len(plan) - 1)]
-
-    def _fallback(self, proposal: Proposal) -> States:
-        return proposal.states[0]
 
     def _start_of(self, rows: np.ndarray, stamp_ns: int) -> States:
         """The states before the first row; of a relative trajectory, those of the row itself."""

@@ -47,7 +47,7 @@ class Watch:
         """What is wrong; empty when nothing is."""
         if self.age_ns is None:
             return "nothing received"
-        if self._shifted >= SHIFTED_MESSAGES:
+        if self._shifted >= SHIFTED_MESSAGES or (self._shifted and self.age_ns > self.limit_ns):
             side = "ahead of" if self._shift_ns > 0 else "behind"
             return f"time-shifted: stamped {abs(self._shift_ns) / NANOSECONDS:.3g} s {side} the clock"
         if self.age_ns > self.limit_ns:

@@ -100,6 +100,9 @@ def train(
                             f"{dataset.spec} against {recipe.observation}; convert the bags again")  # fmt: skip
     if validation and (validation.spec != dataset.spec or _differ(validation.contract, dataset.contract)):
         raise TrainingError("the validation dataset was built for another observation or contract than the dataset")
+    if recipe.observation.extras:
+        raise TrainingError(f"mini_vla sees images, state and an instruction, not "
+                            f"{', '.join(recipe.observation.extras)}")  # fmt: skip
     options = recipe.training
     _check_device(options.device)
     torch.manual_seed(options.seed)

@@ -17,6 +17,7 @@ from vla_core.model.action_head.base import (
     register_action_head,
 )
 from vla_core.model.action_head.diffusion_action_head import DiffusionHeadConfig
+from vla_core.model.action_head.flow_action_head import FlowHeadConfig
 from vla_core.model.action_head.mlp_action_head import MLPActionHead, MLPHeadConfig
 
 HEADS = [
@@ -30,6 +31,7 @@ HEADS = [
         clip_sample=None,
     ),
     MLPHeadConfig(),
+    FlowHeadConfig(),
 ]
 
 
@@ -83,11 +85,16 @@ def test_one_seed_one_answer(config: Any) -> None:
     assert torch.equal(first, head.predict(context, seeded()))
 
 
-@pytest.mark.parametrize("prediction", ["epsilon", "sample"])
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
-def test_diffusion_learns_two_ways_to_act(prediction: Any, sampler: Any) -> None:
+TWO_WAYS = [
+    *(DiffusionHeadConfig(prediction=p, sampler=s) for p in ("epsilon", "sample") for s in ("ddpm", "ddim")),
+    FlowHeadConfig(),
+]
+
+
+@pytest.mark.parametrize("config", TWO_WAYS)
+def test_a_sampling_head_learns_two_ways_to_act(config: Any) -> None:
     """Half the demonstrations go left, half go right: the answer is one of them, not the mean."""
-    head = build(DiffusionHeadConfig(prediction=prediction, sampler=sampler))
+    head = build(config)
     optimizer = torch.optim.Adam(head.parameters(), lr=3e-3)
     generator = seeded()
     context = torch.zeros(128, 8)
@@ -105,7 +112,7 @@ def test_diffusion_learns_two_ways_to_act(prediction: Any, sampler: Any) -> None
     assert 0.2 < (chunk[:, 0, 0] > 0).float().mean() < 0.8
 
 
-@pytest.mark.parametrize("config", [HEADS[0], HEADS[1], HEADS[3]])
+@pytest.mark.parametrize("config", [HEADS[0], HEADS[1], HEADS[3], HEADS[4]])
 def test_overfits_one_batch(config: Any) -> None:
     head = build(config)
     optimizer = torch.optim.Adam(head.parameters(), lr=3e-3)
@@ -133,7 +140,7 @@ def test_an_unknown_head_is_named_with_the_choices() -> None:
     class Config:
         type = "crystal_ball"
 
-    with pytest.raises(VlaError, match="'crystal_ball' registered; choices: diffusion, mlp"):
+    with pytest.raises(VlaError, match="'crystal_ball' registered; choices: diffusion, flow, mlp"):
         build(Config())
 
 
@@ -166,3 +173,16 @@ def test_an_outsider_adds_a_head(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_impossible_configs(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         DiffusionHeadConfig(**values)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"inference_steps": 0}, "inference_steps: expected at least 1, found 0"),
+        ({"hidden_dim": 0}, "hidden_dim: expected at least 1"),
+        ({"time_dim": 7}, "time_dim: expected an even number"),
+    ],
+)
+def test_impossible_flow_configs(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        FlowHeadConfig(**values)

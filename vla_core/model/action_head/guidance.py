@@ -22,26 +22,29 @@ class ChunkPrefix:
     ``weights``       (H,) in [0, 1], how much each row is to be kept
     ``frozen``        the first rows, which are given: the sample has exactly these
     ``max_guidance``  bound on the guidance weight, beta of Black et al. 2025
+    ``spread``        standard deviation that the actions of one context are taken to have; 1 is Black et al.'s choice
     """
 
     actions: Tensor
     weights: Tensor
     frozen: int
     max_guidance: float
+    spread: float = 1.0
 
 
-def guidance_scale(signal: float, noise: float, max_guidance: float) -> float:
+def guidance_scale(signal: float, noise: float, max_guidance: float, spread: float = 1.0) -> float:
     """How far the clean estimate moves along the vector-Jacobian product.
 
     The velocity of a flow gets min(beta, (1 - tau) / (tau r^2)) with r^2 = (1 - tau)^2 / (tau^2 + (1 - tau)^2)
-    (Black et al. 2025, eq. 2 to 4; tau = 1 - t), which is (signal^2 + noise^2) / (signal noise); a step of dtau moves
-    the clean estimate by 1 - tau = noise times that. For a diffusion it is the same in its scaled coordinates, and
-    unbounded it is the guidance of PiGDM with r^2 = 1 - abar (Song et al. 2023, "Pseudoinverse-Guided Diffusion
-    Models for Inverse Problems"): for actions that are normally distributed with unit variance, the estimate then
-    arrives at the older plan where the weight is 1.
+    (Black et al. 2025, eq. 2 to 4; tau = 1 - t), which is (signal^2 + noise^2) / (signal noise); the clean estimate
+    moves by 1 - tau = noise times that. For a diffusion it is the same in its scaled coordinates, and unbounded it is
+    the guidance of PiGDM with r^2 = 1 - abar (Song et al. 2023, "Pseudoinverse-Guided Diffusion Models for Inverse
+    Problems"). r^2 is the variance of the clean action behind x where actions have unit variance: for such, the
+    estimate arrives at the older plan where the weight is 1. A policy knows better what to do than that, and is hardly
+    moved; with the variance spread^2 in r^2 it is moved as far (Soare 2025, "Smooth-As-Butter Robot Policies").
     """
-    product = signal * noise
-    weight = (signal**2 + noise**2) / product if product > 0 else math.inf
+    product = signal * noise * spread**2
+    weight = (signal**2 * spread**2 + noise**2) / product if product > 0 else math.inf
     return noise * min(max_guidance, weight)
 
 
@@ -60,6 +63,6 @@ def guide(
         clean = estimate(x)
         error = prefix.weights[:, None] * (prefix.actions - clean.detach())
         (pull,) = torch.autograd.grad(clean, x, error)
-    guided = clean.detach() + guidance_scale(signal, noise, prefix.max_guidance) * pull
+    guided = clean.detach() + guidance_scale(signal, noise, prefix.max_guidance, prefix.spread) * pull
     guided[:, : prefix.frozen] = prefix.actions[: prefix.frozen]
     return guided

@@ -20,7 +20,8 @@ from vla_core.model.checks import at_least_one
 from vla_core.model.sensor.base import SENSOR_REGISTRY, SensorEncoder, masked_max, point_set, shared_mlp
 from vla_core.model.tokens import Tokens
 
-PAIRS_AT_ONCE = 1 << 20  # distances of the ball query in memory at a time, 8 bytes each; 8 MB stay in a cache
+# Pairs whose distances the ball query holds at a time, 12 bytes each: what a cache keeps, or what fills a GPU.
+CPU_PAIRS, GPU_PAIRS = 1 << 18, 1 << 24
 INDEX_BITS = 32
 
 
@@ -95,7 +96,7 @@ def farthest_points(xyz: Tensor, mask: Tensor, count: int) -> tuple[Tensor, Tens
     ``count``, or because the rest are copies of points: what follows is masked.
 
     Args:
-        xyz: (B, N, 3) in m, finite; N at least 1.
+        xyz: (B, N, 3) float32 in m, finite; N at least 1.
         mask: (B, N) bool.
 
     Returns:
@@ -124,7 +125,7 @@ def ball_query(
     The paper leaves open which points a full ball keeps; the nearest ones do not depend on their order.
 
     Args:
-        xyz: (B, N, 3) in m, finite; N at least 1.
+        xyz: (B, N, 3) float32 in m, finite; N at least 1.
         mask: (B, N) bool.
         centers: (B, S, 3).
 
@@ -133,7 +134,8 @@ def ball_query(
     """
     count = min(neighbors, xyz.shape[1])
     number = torch.arange(xyz.shape[1], device=xyz.device)
-    rows = max(1, PAIRS_AT_ONCE // (len(xyz) * xyz.shape[1]))
+    pairs = CPU_PAIRS if xyz.device.type == "cpu" else GPU_PAIRS
+    rows = max(1, pairs // (len(xyz) * xyz.shape[1]))
     parts = []
     for some in centers.split(rows, dim=1):
         distance = torch.cdist(some, xyz, compute_mode="donot_use_mm_for_euclid_dist")  # (B, rows, N)
@@ -165,7 +167,6 @@ class PointNetSetAbstraction(nn.Module):
         near, grouped = ball_query(xyz, mask, centers, radius=config.radius_m, neighbors=config.neighbors)
         offsets = (gather_rows(xyz, near) - centers[:, :, None]) / config.radius_m  # (B, S, K, 3)
         groups = torch.cat([offsets.to(features.dtype), gather_rows(features, near)], dim=-1)
-        grouped = grouped & found[..., None]
         described = self.mlp(torch.where(grouped[..., None], groups, 0.0))  # (B, S, K, D)
         return centers, masked_max(described, grouped), found
 

@@ -1,0 +1,33 @@
+"""Vision encoders, projectors and language backbones; importing any of them registers all of them."""
+
+from vla_core.model.vlm.language_model import LANGUAGE_REGISTRY as LANGUAGE_REGISTRY
+from vla_core.model.vlm.language_model import LLMBackbone as LLMBackbone
+from vla_core.model.vlm.language_model import LLMConfig as LLMConfig
+from vla_core.model.vlm.language_model import PrefixCache as PrefixCache
+from vla_core.model.vlm.language_model import TinyGRU as TinyGRU
+from vla_core.model.vlm.language_model import TinyGRUConfig as TinyGRUConfig
+from vla_core.model.vlm.language_model import build_language as build_language
+from vla_core.model.vlm.language_model import build_tokenizer as build_tokenizer
+from vla_core.model.vlm.language_model import last_token as last_token
+from vla_core.model.vlm.lora import LoRAConfig as LoRAConfig
+from vla_core.model.vlm.text_encoder import HubTokenizer as HubTokenizer
+from vla_core.model.vlm.text_encoder import WordTokenizer as WordTokenizer
+from vla_core.model.vlm.text_encoder import tokenizer_from_dict as tokenizer_from_dict
+from vla_core.model.vlm.vision_encoder import ENCODER_REGISTRY as ENCODER_REGISTRY
+from vla_core.model.vlm.vision_encoder import ImageEncoderConfig as ImageEncoderConfig
+from vla_core.model.vlm.vision_encoder import MobileNetV2 as MobileNetV2
+from vla_core.model.vlm.vision_encoder import MobileNetV2Config as MobileNetV2Config
+from vla_core.model.vlm.vision_encoder import TinyCNNEncoder as TinyCNNEncoder
+from vla_core.model.vlm.vision_encoder import TinyCNNEncoderConfig as TinyCNNEncoderConfig
+from vla_core.model.vlm.vision_encoder import VisionEncoder as VisionEncoder
+from vla_core.model.vlm.vision_encoder import VisionEncoderBase as VisionEncoderBase
+from vla_core.model.vlm.vision_encoder import VisionEncoderConfig as VisionEncoderConfig
+from vla_core.model.vlm.vision_encoder import build_vision_encoder as build_vision_encoder
+from vla_core.model.vlm.vision_projector import PROJECTOR_REGISTRY as PROJECTOR_REGISTRY
+from vla_core.model.vlm.vision_projector import AttentionPoolingConfig as AttentionPoolingConfig
+from vla_core.model.vlm.vision_projector import AttentionPoolingProjector as AttentionPoolingProjector
+from vla_core.model.vlm.vision_projector import MLPProjector as MLPProjector
+from vla_core.model.vlm.vision_projector import MLPProjectorConfig as MLPProjectorConfig
+from vla_core.model.vlm.vision_projector import PerceiverConfig as PerceiverConfig
+from vla_core.model.vlm.vision_projector import PerceiverProjector as PerceiverProjector
+from vla_core.model.vlm.vision_projector import build_projector as build_projector

