@@ -103,7 +103,8 @@ class Limits:
 
     In the action's unit per s, s2 and s3, of the motion itself: with ``kind: position`` velocity is the first
     derivative of the values, with ``kind: velocity`` it is their size. ``rate`` bounds the values' change per second
-    whatever they are, for efforts and openings.
+    whatever they are, for efforts and openings. The ``speed`` of a trajectory is a value like its coordinates: what
+    ``velocity`` bounds of it is an acceleration.
     """
 
     velocity: tuple[float, ...] = ()
@@ -212,8 +213,9 @@ class Safety:
     """What the safety stage watches beside the actions' own limits; times in seconds.
 
     ``command_age_s`` bounds how old a candidate's stamp may be when it arrives, ``heartbeat_s`` how long candidates
-    may be silent, ``sensors`` names the observations without which the robot must not move (None: all that have a
-    rate), ``clock_jump_s`` how far the clock, or a sensor's stamps against it, may jump.
+    may be silent (trajectories come once a chunk: longer than that), ``sensors`` names the observations without which
+    the robot must not move (None: all that have a rate), ``clock_jump_s`` how far the clock, or a sensor's stamps
+    against it, may jump.
     """
 
     command_age_s: float = 0.25

@@ -234,11 +234,11 @@ def test_an_evaluation_in_the_simulator(sawyer: Path, capsys: pytest.CaptureFixt
 
 def test_a_table_over_strategies_and_delays(sawyer: Path, fails: Fails) -> None:
     common = ("evaluate", "sawyer", "--episodes", "1", "--max-steps", "12")
-    table = ("--strategy", "receding", "blend", "--delay-steps", "0", "2", "--execution", "steps=3")
+    table = ("--strategy", "receding", "blend", "--delay-steps", "0", "1", "--execution", "steps=2")
     assert main([*common, *table, "--out", "table.json"]) == 0
     runs = json.loads(Path("table.json").read_text())["runs"]
     rows = [(run["execution"]["strategy"], run["execution"]["steps"], run["delay_steps"]) for run in runs]
-    assert rows == [("receding", 3, 0), ("receding", 3, 2), ("blend", 3, 0), ("blend", 3, 2)]
+    assert rows == [("receding", 2, 0), ("receding", 2, 1), ("blend", 2, 0), ("blend", 2, 1)]
     assert all(run["boundary_jump"] is not None and run["roughness"] > 0 for run in runs)
     assert "the head 'mlp' cannot be guided" in fails(*common, "--strategy", "rtc")
     assert "execution.beta: unknown key" in fails(*common, "--execution", "beta=5")

@@ -78,7 +78,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for family in FAMILIES:
         torch.manual_seed(1)
         folder = out[family] = tmp_path_factory.mktemp(family)
-        record = record_of(build(family).config.architecture)
+        record = record_of(build(family).config.architecture, FAMILIES)
         transformers.AutoModelForCausalLM.from_config(record).save_pretrained(folder)
         words = tokenizers.Tokenizer(
             tokenizers.models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>")
@@ -354,7 +354,7 @@ def test_bfloat16(family: str) -> None:
 def test_published_sizes(name: str, billions: float, exact: int) -> None:
     with torch.device("meta"):
         model = LLMBackbone(LLMConfig(model_name=name, pretrained=None))  # type: ignore[arg-type]
-        whole = transformers.AutoModelForCausalLM.from_config(record_of(model.config.architecture))
+        whole = transformers.AutoModelForCausalLM.from_config(record_of(model.config.architecture, FAMILIES))
     count = sum(parameter.numel() for parameter in whole.parameters())
     assert count == exact
     assert abs(count / 1e9 - billions) < 0.1 * billions
@@ -391,6 +391,25 @@ def test_tokenizer_is_the_librarys(folders: dict[str, Path]) -> None:
         build_tokenizer(config(), [])
 
 
+def test_a_tokenizer_without_padding_pads_with_its_end(tmp_path: Path) -> None:
+    bytes_ = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bytes_.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<|end|>"], show_progress=False,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    bytes_.train_from_iterator(["push the puck", "open the door"] * 9, trainer)
+    learned = json.loads(bytes_.to_str())["model"]
+    theirs = transformers.Qwen2Tokenizer(
+        vocab=learned["vocab"], merges=[tuple(pair) for pair in learned["merges"]], eos_token="<|end|>", pad_token=None
+    )
+    theirs.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
+    tokenizer = build_tokenizer(LLMConfig(pretrained=str(tmp_path)), [])
+    assert tokenizer.encode("Püsh 3 pucks") == theirs("Püsh 3 pucks\n").input_ids
+    assert tokenizer.batch(["push", "push the puck"])[0, -1] == theirs.eos_token_id == learned["vocab"]["<|end|>"]
+
+
 def test_the_small_one_has_its_own_words() -> None:
     tokenizer = build_tokenizer(TinyGRUConfig(), ["push the puck"])
     assert isinstance(tokenizer_from_dict(tokenizer.to_dict()), WordTokenizer)
@@ -417,10 +436,14 @@ def test_configurations_that_cannot_be(options: dict[str, Any], message: str) ->
 def test_what_cannot_be_built_or_run(folders: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(VlaError, match="layers: found 4, the model has 3"):
         build("qwen2", layers=4)
-    with pytest.raises(
-        VlaError, match="architecture: found a model of type 'gpt2', expected one of llama, phi3, qwen2"
-    ):
+    with pytest.raises(VlaError, match=r"architecture.model_type: found 'gpt2', expected one of llama, phi3, qwen2"):
         build("qwen2", architecture={"model_type": "gpt2"})
+    with pytest.raises(VlaError, match="architecture: Validation error for field 'hidden_size'"):
+        build("qwen2", architecture={"hidden_size": "big"})
+    with pytest.raises(VlaError, match=r"architecture.hidden: unknown key; choices: .*, hidden_size, "):
+        build("qwen2", architecture={"hidden": 8})
+    with pytest.raises(VlaError, match="pad_token_id: found 151643, expected one of the 10 ids"):
+        build("qwen2", architecture={"vocab_size": 10, "num_hidden_layers": 1})
     with pytest.raises(VlaError, match="sequence: found 65 tokens, the model reads at most 64"):
         build("qwen2")(ids([2, 3]), vision(1, 63))
     with pytest.raises(VlaError, match="injected tokens: found width 8, expected 32"):
@@ -436,6 +459,22 @@ def test_a_hub_name_without_a_network_says_what_to_do(monkeypatch: pytest.Monkey
     with pytest.raises(VlaError, match=r"Qwen/Qwen2-0.5B: no usable model there .*; give a local folder") as caught:
         LLMBackbone(LLMConfig(model_name="qwen2-0.5b"))
     assert "\n" not in str(caught.value)
+
+
+def test_no_code_of_a_folder_is_run(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config"}}')
+    (tmp_path / "mine.py").write_text(f"open({str(tmp_path / 'it_ran')!r}, 'w').close()\nclass Config: pass\n")
+    with pytest.raises(VlaError, match=r"no usable model there .*; the folder needs config.json, safetensors"):
+        LLMBackbone(LLMConfig(pretrained=str(tmp_path)))
+    assert not (tmp_path / "it_ran").exists()
+
+
+def test_pickled_weights_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(folders["llama"], tmp_path, dirs_exist_ok=True)
+    torch.save(load_file(tmp_path / "model.safetensors"), tmp_path / "pytorch_model.bin")
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(VlaError, match=r"no usable model there \(.*model.safetensors"):
+        LLMBackbone(config("llama", pretrained=str(tmp_path), architecture={}))
 
 
 def test_a_folder_that_lacks_a_weight_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -99,7 +99,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         ),
     }
     for family in ("dinov2", "registers"):
-        record = record_of(build(family).config.architecture)
+        record = record_of(build(family).config.architecture, [FAMILIES[family][1].get("model_type", family)])
         models[family] = transformers.AutoModel.from_config(record)
     out = {}
     for family, model in models.items():
@@ -304,7 +304,7 @@ def test_what_cannot_be_built_or_run(folders: dict[str, Path], tmp_path: Path) -
         build("clip", image_size=(4, 40))
     with pytest.raises(VlaError, match=r"'siglip-base'\): found a model of type 'dinov2', expected one of siglip"):
         VisionEncoder(VisionEncoderConfig(model_name="siglip-base", pretrained=str(folders["dinov2"])))
-    with pytest.raises(VlaError, match="architecture: found a model of type 'vit', expected one of clip_vision_model"):
+    with pytest.raises(VlaError, match=r"architecture.model_type: found 'vit', expected one of clip_vision_model"):
         VisionEncoder(VisionEncoderConfig(pretrained=None, architecture={"model_type": "vit"}))
     with pytest.raises(VlaError, match="nowhere: no usable model there") as caught:
         VisionEncoder(VisionEncoderConfig(pretrained=str(tmp_path / "nowhere")))

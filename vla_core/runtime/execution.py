@@ -62,15 +62,15 @@ class Execution:
         """Raise :class:`ConfigError` unless chunks of ``horizon`` rows of the head with config ``head`` allow it."""
         if self.steps > horizon:
             raise ConfigError(f"execution.steps: expected at most model.horizon ({horizon}), found {self.steps}")
-        if self.strategy != "receding" and self.steps == horizon:
-            raise ConfigError(
-                f"execution.steps: {self.strategy} needs chunks that overlap, expected at most model.horizon - 1 "
-                f"({horizon - 1}), found {self.steps}; or take the strategy receding"
-            )
         if self.strategy == "rtc" and not getattr(head, "guidable", False):
             sampler = f" with the sampler {head.sampler!r}" if hasattr(head, "sampler") else ""
             raise ConfigError(
                 f"execution.strategy: found 'rtc', which guides the sampling; the head {head.type!r}{sampler} cannot "
                 f"be guided; choices for it: {choices(set(STRATEGIES) - {'rtc'})}; heads that can be guided: "
                 "diffusion (samplers ddim, ddpm), flow"
+            )
+        if self.strategy != "receding" and self.steps == horizon:
+            raise ConfigError(
+                f"execution.steps: {self.strategy} needs chunks that overlap, expected at most model.horizon - 1 "
+                f"({horizon - 1}), found {self.steps}; or take the strategy receding"
             )

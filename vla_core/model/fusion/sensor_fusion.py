@@ -141,8 +141,9 @@ class CrossModalFusion(Fusion):
     def forward(self, parts: Mapping[str, Tokens]) -> Tokens:
         ordered = self.ordered(parts)
         values, mask = join(ordered)
-        lengths = torch.tensor([part.values.shape[1] for part in ordered], device=values.device)
-        owner = torch.arange(len(ordered), device=values.device).repeat_interleave(lengths)  # (N,)
+        owner = torch.cat(
+            [part.mask.new_full(part.mask.shape[1:], i, dtype=torch.int64) for i, part in enumerate(ordered)]
+        )
         allowed = ((owner[:, None] != owner) & mask[:, None])[:, None]  # (B, 1, N, N)
         x = values + self.modality[owner]
         for block in cast("list[AttentionBlock]", self.blocks):

@@ -9,8 +9,9 @@ Shapes: B batch, K cameras, (h, w) cells of a camera's feature map, Z depth bins
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -89,7 +90,7 @@ def splat(values: Tensor, cells: Cells, count: int, reduce: Literal["sum", "mean
 
 
 def splat_rays(shares: Tensor, context: Tensor, cells: Cells, count: int) -> Tensor:
-    """The sum (B, count, D) by cell of the pixels' ``context`` (B, P, D) times the ``shares`` (B, Z, P) of their depths
+    """The sum (B, count, D) by cell of pixels' ``context`` (B, P, D) times their ``shares`` (B, Z, P) at each depth.
 
     ``cells`` are (B, Z, P). One depth at a time: the products of all of them never exist together.
     """
@@ -114,9 +115,10 @@ def transform(points: Tensor, pose: Tensor) -> Tensor:
         return points @ pose[:, :3, :3].mT + pose[:, None, :3, 3]
 
 
-def full_precision(tensor: Tensor) -> torch.autocast:
+def full_precision(tensor: Tensor) -> AbstractContextManager[Any]:
     """A context without mixed precision, for geometry: 60 m in bfloat16 are 60 m give or take 0.25."""
-    return torch.autocast(tensor.device.type, enabled=False)
+    kind = tensor.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
 
 class Cameras(NamedTuple):
@@ -233,9 +235,7 @@ class Pillars(nn.Module):
         if points.values.shape[-1] != self.cloud.columns:
             raise VlaError(f"points of {points.values.shape[-1]} columns; this map was made for {self.cloud.columns}")
         values, mask = point_set(points.values.float(), points.mask)
-        some = mask.any(dim=1)[:, None, None]  # of a missing sensor the pose may be anything
-        pose = torch.where(some, points.sensor_to_ego.float(), torch.eye(4, device=mask.device))
-        places = self._places(values, pose)
+        places = self._places(values, points.sensor_to_ego.float())
         cells, count = locate(places, mask, grid), grid.shape[0] * grid.shape[1]
         mean = splat(places, cells, count, "mean").gather(1, cells.number[..., None].expand_as(places))
         x = cells.number // grid.shape[1] * grid.resolution_m + (grid.x_m[0] + grid.resolution_m / 2)

@@ -104,16 +104,17 @@ def farthest_points(xyz: Tensor, mask: Tensor, count: int) -> tuple[Tensor, Tens
     """
     axes = xyz.permute(2, 0, 1).contiguous()  # (3, B, N)
     nearest = torch.where(mask, float("inf"), -1.0)  # squared distance to the nearest centroid so far
-    index = torch.empty(len(xyz), count, dtype=torch.int64, device=xyz.device)
-    found = torch.empty(len(xyz), count, dtype=torch.bool, device=xyz.device)
-    for i in range(count):
-        # argmax gives the first of several.
-        last = nearest.argmax(dim=1, keepdim=True)
-        index[:, i : i + 1] = last
-        found[:, i : i + 1] = nearest.gather(1, last) > 0
-        offset = axes - axes.gather(2, last.expand(3, -1, -1))
-        torch.minimum(nearest, offset.square_().sum(dim=0), out=nearest)
-    return index, found
+    offset, square = torch.empty_like(axes), torch.empty_like(nearest)
+    chosen, distance = [], []
+    for _ in range(count):
+        last = nearest.argmax(dim=1, keepdim=True)  # the first of several
+        chosen.append(last)
+        distance.append(nearest.gather(1, last))
+        torch.sub(axes, axes.gather(2, last.expand(3, -1, -1)), out=offset)
+        torch.mul(offset[0], offset[0], out=square)
+        square.addcmul_(offset[1], offset[1]).addcmul_(offset[2], offset[2])
+        torch.minimum(nearest, square, out=nearest)
+    return torch.cat(chosen, dim=1), torch.cat(distance, dim=1) > 0
 
 
 @torch.no_grad()
@@ -167,8 +168,7 @@ class PointNetSetAbstraction(nn.Module):
         near, grouped = ball_query(xyz, mask, centers, radius=config.radius_m, neighbors=config.neighbors)
         offsets = (gather_rows(xyz, near) - centers[:, :, None]) / config.radius_m  # (B, S, K, 3)
         groups = torch.cat([offsets.to(features.dtype), gather_rows(features, near)], dim=-1)
-        described = self.mlp(torch.where(grouped[..., None], groups, 0.0))  # (B, S, K, D)
-        return centers, masked_max(described, grouped), found
+        return centers, masked_max(self.mlp(groups), grouped), found
 
 
 class PointCloudEncoder(SensorEncoder):

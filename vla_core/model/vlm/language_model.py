@@ -387,7 +387,7 @@ class LLMBackbone(LanguageModel):
     def enable_gradient_checkpointing(self) -> None:
         """Recompute activations in the backward pass."""
         self.config = dataclasses.replace(self.config, gradient_checkpointing=True)
-        self.model.activation_checkpointing_enable({"use_reentrant": False})
+        pretrained.checkpoint_activations(self.model)
 
     def _decode(self, sequence: Tokens, prefix: Prefix | None, past: Any) -> Tensor:
         mask = sequence.mask if prefix is None else torch.cat([prefix.features.mask, sequence.mask], dim=1)
@@ -454,19 +454,25 @@ def _language_model(config: LLMConfig) -> tuple[Any, Any]:
     dtype = pretrained.DTYPES[config.dtype]
     architecture = LANGUAGE_MODELS[config.model_name].architecture
     if config.pretrained is None:
-        record = pretrained.record_of({**architecture, **config.architecture})
-        pretrained.check_family(record, FAMILIES, "architecture")
+        record = pretrained.record_of({**architecture, **config.architecture}, FAMILIES)
         _truncate(record, config.layers)
+        _check_pad(record)
         kind = auto._model_mapping[type(record)]
         return record, pretrained.random_model(kind, record, dtype)
     source, gguf_file = _source(config)
     # A GGUF's own record takes seconds to read; the package's model is known.
-    record = pretrained.record_of(architecture) if gguf_file else pretrained.read_record(source)
+    record = pretrained.record_of(architecture, FAMILIES) if gguf_file else pretrained.read_record(source)
     pretrained.check_family(record, FAMILIES, source)
     _truncate(record, config.layers)
     if not gguf_file:
         record.pad_token_id = _pad_id(_hub_tokenizer(source, None))
+    _check_pad(record)
     return record, pretrained.load_model(auto, source, record, dtype, gguf_file)
+
+
+def _check_pad(record: Any) -> None:
+    if record.pad_token_id is None or not 0 <= record.pad_token_id < record.vocab_size:
+        raise VlaError(f"pad_token_id: found {record.pad_token_id}, expected one of the {record.vocab_size} ids")
 
 
 def _truncate(record: Any, layers: int | None) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+from collections.abc import Collection
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -44,30 +45,47 @@ def package_file(package: str, file: str, install: str) -> Path:
     return path
 
 
-def record_of(architecture: dict[str, Any]) -> Any:
-    """Return the transformers configuration object of plain data with its ``model_type``."""
-    transformers = library("transformers")
+def record_of(architecture: dict[str, Any], families: Collection[str]) -> Any:
+    """Return the transformers configuration object of plain data with its ``model_type``, one of ``families``."""
+    auto = library("transformers").AutoConfig
     options = dict(architecture)
     kind = options.pop("model_type", None)
+    if kind not in families:
+        raise VlaError(f"architecture.model_type: found {kind!r}, expected one of {choices(families)}")
     try:
-        return transformers.AutoConfig.for_model(kind, **options)
-    except (ValueError, TypeError) as error:
+        record = auto.for_model(kind, **options)
+    except (ValueError, TypeError, _strict_error()) as error:
         raise VlaError(f"architecture: {_line(error)}") from None
+    unknown = sorted(set(options) - _fields(record))
+    if unknown:
+        raise VlaError(f"architecture.{unknown[0]}: unknown key; choices: {choices(_fields(record))}")
+    return record
 
 
 def architecture_of(record: Any) -> dict[str, Any]:
     """Return the plain data of a transformers configuration object that :func:`record_of` reads back."""
-    data = {k: v for k, v in record.to_diff_dict().items() if k not in _NOT_ARCHITECTURE}
+    data = {k: v for k, v in record.to_diff_dict().items() if k in _fields(record)}
     plain: dict[str, Any] = json.loads(json.dumps(data))
     return plain
 
 
+def _fields(record: Any) -> set[str]:
+    """What a record of this kind knows; files on a hub hold more, which nothing reads."""
+    return set(type(record)().to_dict()) - set(_NOT_ARCHITECTURE)
+
+
+def _strict_error() -> type[Exception]:
+    """What a record raises for a value of the wrong type; it is no ValueError."""
+    error: type[Exception] = library("huggingface_hub.errors").StrictDataclassError
+    return error
+
+
 def read_record(source: str) -> Any:
-    """Return the configuration object of a hub name or local folder."""
+    """Return the configuration object of a hub name or local folder; its model may be of any type."""
     transformers = library("transformers")
     try:
         return transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, _strict_error()) as error:
         raise absent(source, error) from None
 
 
@@ -119,17 +137,27 @@ def load_in_order(model: nn.Module, weights: dict[str, torch.Tensor], source: Pa
             mine.copy_(value)
 
 
-def check_family(record: Any, families: Any, source: str) -> None:
+def checkpoint_activations(model: Any) -> None:
+    """Make a transformers model recompute activations in the backward pass."""
+    # Renamed after 5.20, which is the last version for Python 3.10.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
+def check_family(record: Any, families: Collection[str], source: str) -> None:
     """Raise :class:`VlaError` when the model is of none of ``families``."""
     if record.model_type not in families:
         raise VlaError(f"{source}: found a model of type {record.model_type!r}, expected one of {choices(families)}")
 
 
 def absent(source: str, error: Exception) -> VlaError:
-    return VlaError(
-        f"{source}: no usable model there ({_line(error)}); give a local folder with config.json and safetensors as "
-        f"`pretrained`, or where there is a network: hf download {source}"
+    """Say what is wrong with a hub name or local folder, and how to get it right."""
+    todo = (
+        "the folder needs config.json, safetensors and, for text, tokenizer.json"
+        if Path(source).is_dir()
+        else f"give a local folder as `pretrained`, or where there is a network: hf download {source}"
     )
+    return VlaError(f"{source}: no usable model there ({_line(error)}); {todo}")
 
 
 def _line(error: Exception, most: int = 160) -> str:

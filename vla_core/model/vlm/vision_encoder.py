@@ -302,7 +302,7 @@ class VisionEncoder(VisionEncoderBase):
 
     def enable_gradient_checkpointing(self) -> None:
         self.config = dataclasses.replace(self.config, gradient_checkpointing=True)
-        self.model.activation_checkpointing_enable({"use_reentrant": False})
+        pretrained.checkpoint_activations(self.model)
 
 
 def normalize(images: Tensor, mean: RGB, std: RGB) -> Tensor:
@@ -315,9 +315,7 @@ def _vision_record(config: VisionEncoderConfig) -> tuple[str | None, Any]:
     """Where the weights are (None: random ones), and the transformers record of the vision tower."""
     hub, architecture = VISION_MODELS[config.model_name]
     if config.pretrained is None:
-        record = pretrained.record_of({**architecture, **config.architecture})
-        pretrained.check_family(record, FAMILIES, "architecture")
-        return None, record
+        return None, pretrained.record_of({**architecture, **config.architecture}, FAMILIES)
     source = hub if config.pretrained == pretrained.PUBLISHED else config.pretrained
     whole = pretrained.read_record(source)
     record = getattr(whole, "vision_config", whole)
