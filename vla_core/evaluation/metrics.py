@@ -31,6 +31,12 @@ def percentile(values: Sequence[float], q: float) -> float | None:
     return float(np.percentile(np.asarray(values), q)) if len(values) else None
 
 
+def percentiles(name: str, values: Sequence[float]) -> dict[str, float | None]:
+    """``<name>_p50`` and ``<name>_p99``; None without values."""
+    found = np.percentile(np.asarray(values), (50, 99)).tolist() if len(values) else (None, None)
+    return dict(zip((f"{name}_p50", f"{name}_p99"), found, strict=True))
+
+
 def mean_interval(values: Sequence[float]) -> tuple[float, float] | None:
     """95 % confidence interval of a mean by the normal approximation; None with fewer than two values."""
     if len(values) < 2:
@@ -60,16 +66,14 @@ class Trial(Protocol):
 def summarize(trials: Sequence[Trial]) -> dict[str, Any]:
     """Success with its 95 % interval (Wilson), mean boundary jump and mean roughness of at least one trial.
 
-    The mean boundary jump is over all chunks; its interval is that of the mean over the trials' own means, since the
-    chunks of one trial depend on one another.
+    The boundary jump is the mean over the trials' own means, since the chunks of one trial depend on one another.
     """
     successes = sum(trial.success for trial in trials)
-    jumps = [jump for trial in trials for jump in trial.boundary_jumps]
-    per_trial = [float(np.mean(trial.boundary_jumps)) for trial in trials if trial.boundary_jumps]
+    jumps = [float(np.mean(trial.boundary_jumps)) for trial in trials if trial.boundary_jumps]
     rough = [trial.roughness for trial in trials]
     return {
         "trials": len(trials), "successes": successes, "success_rate": successes / len(trials),
         "success_ci95": wilson_interval(successes, len(trials)),
-        "boundary_jump": float(np.mean(jumps)) if jumps else None, "boundary_jump_ci95": mean_interval(per_trial),
+        "boundary_jump": float(np.mean(jumps)) if jumps else None, "boundary_jump_ci95": mean_interval(jumps),
         "roughness": float(np.mean(rough)), "roughness_ci95": mean_interval(rough),
     }  # fmt: skip

@@ -64,12 +64,18 @@ def soft_mask(rows: int, overlap: int, frozen: int) -> np.ndarray:
 
 
 def continuation(
-    old: ActionChunk, stamp_ns: int, frozen: int, max_guidance: float, spread: float = 1.0
+    old: ActionChunk,
+    stamp_ns: int,
+    frozen: int,
+    max_guidance: float,
+    spread: float = 1.0,
+    guided_steps: int | None = None,
 ) -> Continuation | None:
     """Place ``old`` on the rows of a chunk observed at ``stamp_ns``, by time; None when it covers none of them.
 
     Row i of the new chunk gets the old row that would be commanded at its start. ``frozen`` is held to the overlap:
-    what lies beyond the old chunk's end was never planned.
+    what lies beyond the old chunk's end was never planned. ``guided_steps`` is how many rows after the frozen ones have
+    a weight at all; None is all that there are.
     """
     count = len(old.actions)
     first = old.row(stamp_ns)
@@ -78,4 +84,5 @@ def continuation(
     overlap = count - first
     frozen = min(frozen, overlap)
     rows = np.minimum(first + np.arange(count), count - 1)
-    return Continuation(old.actions[rows], soft_mask(count, overlap, frozen), frozen, max_guidance, spread)
+    reach = overlap if guided_steps is None else min(overlap, frozen + guided_steps)
+    return Continuation(old.actions[rows], soft_mask(count, reach, frozen), frozen, max_guidance, spread)

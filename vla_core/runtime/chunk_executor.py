@@ -106,8 +106,9 @@ class ChunkExecutor:
                 return None
             execution = self.execution
             return continuation(
-                self._held[-1].chunk, stamp_ns, self.expected_delay_steps, execution.max_guidance, execution.spread
-            )
+                self._held[-1].chunk, stamp_ns, self.expected_delay_steps, execution.max_guidance, execution.spread,
+                execution.guided_steps,
+            )  # fmt: skip
 
     def action(self, at_ns: int) -> tuple[np.ndarray, ActionChunk] | None:
         """The action (A,) for the tick ``at_ns`` and the newest chunk behind it; None when none covers that instant.

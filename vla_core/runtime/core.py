@@ -43,6 +43,7 @@ class PolicyCore:
         self._wall_clock = wall_clock
         self.builder = ObservationBuilder(policy.contract, policy.spec)
         self.buffer = self.builder.make_buffer()
+        self.observe_ms: deque[float] = deque(maxlen=LATENCIES)
         self.inference_ms: deque[float] = deque(maxlen=LATENCIES)
         self.last_observation: Observation | None = None
         self._low = policy.contract.action_low
@@ -69,9 +70,11 @@ class PolicyCore:
 
         ``continues`` is the plan that the chunk is to continue.
         """
+        begin = time.perf_counter()
         observation = self.builder.build(self.buffer, at_ns)
         start = time.perf_counter()
         chunk = self.policy.predict(observation) if continues is None else self.policy.predict(observation, continues)
+        self.observe_ms.append(1e3 * (start - begin))
         self.inference_ms.append(1e3 * (time.perf_counter() - start))
         self.last_observation = observation
         return chunk

@@ -29,6 +29,8 @@ class Execution:
     ``max_guidance``         bound on RTC's guidance weight, the paper's beta
     ``spread``               standard deviation that RTC takes the normalized actions of one observation to have; 1 is
                              the paper's, a smaller one holds a policy that is sure of itself closer to the old plan
+    ``guided_steps``         RTC's soft mask ends this many rows after the frozen ones; None guides all rows that the old
+                             plan has (the paper's choice), a few rows leave the later ones free to correct it
     ``delay_window``         RTC expects the longest delay of this many last chunks
     ``initial_delay_steps``  the delay that RTC expects before it has measured one
     """
@@ -39,6 +41,7 @@ class Execution:
     blend_steps: int = 4
     max_guidance: float = 5.0
     spread: float = 1.0
+    guided_steps: int | None = None
     delay_window: int = 10
     initial_delay_steps: int = 0
 
@@ -51,6 +54,8 @@ class Execution:
         for name in ("ensemble_decay", "max_guidance"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ConfigError(f"{name}: expected a number from 0 on, found {getattr(self, name)}")
+        if self.guided_steps is not None and self.guided_steps < 1:
+            raise ConfigError(f"guided_steps: expected null or at least 1, found {self.guided_steps}")
         if not 0 < self.spread < float("inf"):
             raise ConfigError(f"spread: expected a positive number, found {self.spread}")
 

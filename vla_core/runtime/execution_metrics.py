@@ -6,7 +6,7 @@ from collections import deque
 
 import numpy as np
 
-from vla_core.evaluation.metrics import percentile
+from vla_core.evaluation.metrics import percentiles
 
 KEPT = 10_000  # of each figure; a robot runs for weeks
 
@@ -66,12 +66,11 @@ class ExecutionMetrics:
         """A copy of one of ``FIGURES``, oldest first."""
         return list(self._values[name].copy())  # copied in one step: the control thread appends
 
-    def summary(self) -> dict[str, float | None]:
-        """``<figure>_p50`` and ``<figure>_p99`` of each; None without values."""
+    def summary(self, newest: int = KEPT) -> dict[str, float | None]:
+        """``<figure>_p50`` and ``<figure>_p99`` of the ``newest`` values of each; None without values."""
         out: dict[str, float | None] = {}
         for name in FIGURES:
-            found = self.values(name)
-            out |= {f"{name}_p50": percentile(found, 50), f"{name}_p99": percentile(found, 99)}
+            out |= percentiles(name, self.values(name)[-newest:])
         return out
 
     def _distance(self, a: np.ndarray, b: np.ndarray) -> float:

@@ -24,7 +24,7 @@ from vla_core.model.vlm import pretrained
 from vla_core.model.vlm.lora import LoRAConfig, add_lora, merge_lora
 from vla_core.model.vlm.text_encoder import PAD, HubTokenizer, WordTokenizer
 
-Places = Literal["after_text", "before_text", "placeholder"]
+Injection = Literal["after_text", "before_text", "placeholder"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,9 @@ class Prefix:
 class LanguageModel(nn.Module):
     """Ids (B, L) and tokens injected among them (B, N, input_dim) to features (B, S, output_dim).
 
-    A subclass embeds ids and runs a sequence from a prefix on; where tokens go is decided here.
+    A subclass embeds ids and runs a sequence from a prefix on; where tokens go is decided here, by ``config.injected``.
+    It has a dataclass ``Config``, is built from one and a ``vocab_size``, and makes its tokenizer: ``tokenizer(config,
+    texts)``.
     """
 
     input_dim: int
@@ -107,33 +109,44 @@ class LanguageModel(nn.Module):
 
 
 class PrefixCache:
-    """The prefix of the newest batch of instructions, computed again only when they or the weights change."""
+    """The prefix of the newest batch of instructions, computed again only when they or the weights change.
+
+    torch counts what is written to a weight, but not through its ``.data``: who does that calls :meth:`clear`.
+    """
 
     def __init__(self) -> None:
         self.computed = 0
-        self._key: tuple[Any, ...] | None = None
-        self._ids: Tensor | None = None
         self._prefix: Prefix | None = None
+        self._ids: Tensor | None = None
+        self._weights: list[nn.Parameter] = []  # kept alive, so that no other can be mistaken for one of them
+        self._writes: list[int] = []
 
     def get(self, model: LanguageModel, sequence: Tokens, ids: Tensor) -> Prefix:
         """Return ``model``'s prefix of ``sequence`` (B, P, input_dim), embedded from ``ids`` (B, P)."""
-        key = (sequence.values.dtype, sequence.values.device, *_versions(model))
-        known = self._prefix is not None and key == self._key and self._same(ids, sequence.mask)
-        if not known:
+        weights = list(model.parameters())
+        writes = [weight._version for weight in weights]
+        if self._prefix is None or not (self._fits(sequence, ids) and self._is_of(weights, writes)):
             with torch.no_grad():
                 self._prefix = model.prefix(sequence)
-            self._key, self._ids = key, ids.clone()
+            self._ids, self._weights, self._writes = ids.clone(), weights, writes
             self.computed += 1
-        assert self._prefix is not None
         return self._prefix
 
     def clear(self) -> None:
         """Forget the instructions."""
-        self._prefix = self._ids = self._key = None
+        self._prefix, self._ids, self._weights = None, None, []
 
-    def _same(self, ids: Tensor, mask: Tensor) -> bool:
-        assert self._ids is not None and self._prefix is not None
-        return torch.equal(self._ids, ids) and torch.equal(self._prefix.features.mask, mask)
+    def _fits(self, sequence: Tokens, ids: Tensor) -> bool:
+        assert self._prefix is not None and self._ids is not None
+        features = self._prefix.features
+        return (
+            (features.values.dtype, features.values.device) == (sequence.values.dtype, sequence.values.device)
+            and torch.equal(self._ids, ids)
+            and torch.equal(features.mask, sequence.mask)
+        )
+
+    def _is_of(self, weights: list[nn.Parameter], writes: list[int]) -> bool:
+        return self._writes == writes and all(a is b for a, b in zip(self._weights, weights, strict=True))
 
 
 def last_token(tokens: Tokens) -> Tensor:
@@ -298,7 +311,7 @@ class LLMConfig:
     pretrained: str | None = pretrained.PUBLISHED
     architecture: dict[str, Any] = dataclasses.field(default_factory=dict)
     layers: int | None = None
-    injected: Places = "after_text"
+    injected: Injection = "after_text"
     placeholder_id: int | None = None
     prompt: str = "{instruction}\n"
     freeze: bool = False
@@ -432,11 +445,6 @@ def _fill(text: Tokens, slots: Tensor, injected: Tokens) -> Tokens:
     return Tokens(
         text.values.masked_scatter(slots[..., None], injected.values), text.mask.masked_scatter(slots, injected.mask)
     )
-
-
-def _versions(model: nn.Module) -> list[tuple[int, int]]:
-    """Change when a weight is replaced or written to: torch counts writes."""
-    return [(id(parameter), parameter._version) for parameter in model.parameters()]
 
 
 def _source(config: LLMConfig) -> tuple[str, str | None]:
