@@ -193,52 +193,6 @@ class MetaWorld:
     def _check_vectors(self) -> None:
         """The contract must ask for one command of four entries, and for numeric streams that Meta-World has."""
         vectors = self._vectors()
-        return [
-            Message(stream.topic, stream.type, stamp_ns,
-                    messages.joint_state(stamp_ns, stream.names, "position", vectors[name], FRAME))
-            for name, stream in self.contract.observations.items() if stream.type == VECTOR
-        ]  # fmt: skip
-
-    def observe_camera(self, stamp_ns: int) -> list[Message]:
-        """The camera streams of the contract at ``stamp_ns``."""
-        pixels = self.render()
-        if self._black:
-            pixels = np.zeros_like(pixels)
-        out = []
-        for stream in self.contract.observations.values():
-            if stream.type == "sensor_msgs/msg/CompressedImage":
-                data = messages.compressed_image(stamp_ns, encode_jpeg(pixels), "rgb8; jpeg compressed", self.camera)
-            elif stream.type == "sensor_msgs/msg/Image":
-                data = messages.image(stamp_ns, pixels, self.camera)
-            else:
-                continue
-            out.append(Message(stream.topic, stream.type, stamp_ns, data))
-        return out
-
-    def close(self) -> None:
-        """Free the renderers."""
-        self._renderer.close()
-        if self._video_renderer is not None:
-            self._video_renderer.close()
-
-    def _vectors(self) -> dict[str, np.ndarray]:
-        """What Meta-World can tell: its 39 numbers, hand position and gripper opening alone, and the arm's joints."""
-        data = self._env.data
-        known = [data.model.joint(i).name for i in range(data.model.njnt)]
-        absent = [name for name in self._joint_names if name not in known]
-        if absent:
-            raise SimulationError(f"contract {self.contract.name!r}: Meta-World's robot has no joint "
-                                  f"{', '.join(absent)}; choices: {choices(known)}")  # fmt: skip
-        joints = np.array([float(data.joint(name).qpos[0]) for name in self._joint_names])
-        return {"state": self._state, "hand": self._state[:HAND_SIZE], "joints": joints}
-
-    def _check_vectors(self) -> None:
-        """The contract must ask for one command of four entries, and for numeric streams that Meta-World has."""
-        sizes = [len(action.names) for action in self.contract.actions.values()]
-        if sizes != [len(_scale())] or next(iter(self.contract.actions.values())).publish != "step":
-            raise SimulationError(f"contract {self.contract.name!r}: actions of {sizes} entries; Meta-World obeys one "
-                                  f"action of {len(_scale())}, a message a step")  # fmt: skip
-        vectors = self._vectors()
         for name, stream in self.contract.observations.items():
             if stream.type != VECTOR:
                 continue
@@ -248,7 +202,10 @@ class MetaWorld:
             if len(stream.names) != len(vectors[name]):
                 raise SimulationError(f"contract {self.contract.name!r}: {name!r} has {len(stream.names)} names, "
                                       f"Meta-World has {len(vectors[name])} numbers")  # fmt: skip
-
+        sizes = [len(action.names) for action in self.contract.actions.values()]
+        if sizes != [len(_scale())] or next(iter(self.contract.actions.values())).publish != "step":
+            raise SimulationError(f"contract {self.contract.name!r}: actions of {sizes} entries; Meta-World obeys one "
+                                  f"action of {len(_scale())}, a message a step")  # fmt: skip
 
 
 def _scale() -> np.ndarray:
