@@ -13,7 +13,7 @@ import shutil
 from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from safetensors import SafetensorError
@@ -22,8 +22,9 @@ from safetensors.torch import load_file, save_file
 from vla_core.config import ConfigError, from_dict, to_dict
 from vla_core.contract import RobotContract
 from vla_core.errors import VlaError, choices
-from vla_core.model.vla.mini_vla import MiniVLA, MiniVLAConfig
-from vla_core.model.vlm.text_encoder import WordTokenizer
+from vla_core.model.vla import MODEL_REGISTRY, build_model
+from vla_core.model.vla.sizes import check_images, check_sees, columns, model_sizes
+from vla_core.model.vlm.text_encoder import HubTokenizer, WordTokenizer, tokenizer_from_dict
 from vla_core.observation.builder import ObservationSpec
 from vla_core.observation.normalizer import Normalization, Normalizer, Statistics
 from vla_core.runtime.execution import Execution
@@ -41,7 +42,7 @@ class PolicyConfig:
     """``config.json``: all that is needed beside weights, statistics, tokenizer and contract."""
 
     format: str = FORMAT
-    model: MiniVLAConfig
+    model: Annotated[Any, MODEL_REGISTRY]
     observation: ObservationSpec
     normalization: Normalization = field(default_factory=Normalization)
     execution: Execution = field(default_factory=Execution)
@@ -56,9 +57,9 @@ class Checkpoint:
     """A policy in memory."""
 
     config: PolicyConfig
-    model: MiniVLA
+    model: Any
     normalizer: Normalizer
-    tokenizer: WordTokenizer
+    tokenizer: WordTokenizer | HubTokenizer
     contract: RobotContract
 
     def save(self, path: Path | str) -> None:
@@ -83,8 +84,12 @@ class Checkpoint:
             raise
 
     @classmethod
-    def load(cls, path: Path | str) -> Checkpoint:
-        """Read a folder strictly; raises :class:`CheckpointError` naming what is missing or does not fit."""
+    def load(cls, path: Path | str, **parts: Any) -> Checkpoint:
+        """Read a folder strictly; raises :class:`CheckpointError` naming what is missing or does not fit.
+
+        ``parts`` are modules of the caller's own that the model was built with, as ``sensor_encoders`` of a
+        ``MultiSensorVLA``; their weights are in the checkpoint.
+        """
         path = Path(path)
         absent = [name for name in FILES if not (path / name).is_file()]
         if absent:
@@ -100,14 +105,14 @@ class Checkpoint:
             raise CheckpointError(f"{path}/config.json: {error}") from None
         contract = RobotContract.load(path / "contract.yaml")
         statistics: Statistics = _read_json(path / "statistics.json")
-        tokenizer = WordTokenizer.from_dict(_read_json(path / "tokenizer.json"))
+        tokenizer = tokenizer_from_dict(_read_json(path / "tokenizer.json"))
         _check_sizes(path, config, contract, statistics, tokenizer)
-        model = MiniVLA(config.model)
+        model = build_model(config.model, **parts)
         _load_weights(model, path / "model.safetensors")
         return cls(
             config=config,
             model=model.eval(),
-            normalizer=Normalizer(config.normalization, statistics),
+            normalizer=Normalizer(config.normalization, statistics, columns(config.observation, contract)),
             tokenizer=tokenizer,
             contract=contract,
         )
@@ -126,19 +131,25 @@ def fingerprint(path: Path | str) -> str:
 
 
 def _check_sizes(path: Path, config: PolicyConfig, contract: RobotContract, statistics: Statistics,
-                 tokenizer: WordTokenizer) -> None:  # fmt: skip
+                 tokenizer: WordTokenizer | HubTokenizer) -> None:  # fmt: skip
     """Model, contract and statistics must speak of the same numbers."""
     for name in config.observation.names:
         contract.stream(name)
-    if config.observation.extras:
-        raise CheckpointError(f"{path}: mini_vla sees images, state and an instruction, not "
-                              f"{', '.join(config.observation.extras)}")  # fmt: skip
+    try:
+        check_sees(config.model.type, MODEL_REGISTRY[config.model.type].sees, config.observation)
+        check_images(config.model, config.observation)
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: {error}") from None
     if set(config.model.cameras) != set(config.observation.images):
         raise CheckpointError(f"{path}: the model's cameras are {choices(config.model.cameras)}, "
                               f"observation.images has {choices(config.observation.images)}")  # fmt: skip
     if tokenizer.vocab_size != config.model.vocab_size:
         raise CheckpointError(f"{path}: tokenizer.json has {tokenizer.vocab_size} words, model.vocab_size is "
                               f"{config.model.vocab_size}")  # fmt: skip
+    fitting = model_sizes(config.observation, contract, tokenizer.vocab_size)
+    for key in ("history", "clouds", "sequences", "maps", "calibrated"):
+        if (found := getattr(config.model, key, None)) != fitting.get(key, found) or (found and key not in fitting):
+            raise CheckpointError(f"{path}: model.{key} is {found!r}, but {fitting.get(key)!r} by the observation")
     if not isinstance(statistics, dict):
         raise CheckpointError(f"{path}: statistics.json holds {type(statistics).__name__}, expected groups of numbers")
     expected = {

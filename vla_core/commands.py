@@ -59,12 +59,11 @@ def decode(action: Action, data: bytes | memoryview) -> Rows:
 def encode_frame(
     contract: RobotContract, stamp_ns: int, values: np.ndarray, plan: tuple[int, Rows] | None = None
 ) -> dict[str, bytes]:
-    """Topic to serialized message of every action.
+    """Topic to serialized message of the actions that are due.
 
     Args:
         values: the command (A,) for ``stamp_ns``, of the whole action vector.
-        plan: stamp of the first row, and rows (H, A), for actions that publish chunks; without one they get
-            ``values`` as their only row.
+        plan: stamp of the first row, and rows (H, A), for actions that publish chunks; without one they are left out.
 
     A bad number in any of them drops the whole frame: half a command is none.
     """
@@ -72,14 +71,15 @@ def encode_frame(
     if rows.shape != (1, len(contract.action_names)):
         raise MessageError(f"command of shape {rows.shape[1:]}, expected ({len(contract.action_names)},): "
                            f"{list(contract.action_names)}")  # fmt: skip
-    start_ns, planned = (stamp_ns, rows) if plan is None else plan
-    now, later = contract.split(rows), contract.split(planned)
-    return {
-        action.topic: encode(action, start_ns, later[name], contract.chunk_step_ns)
-        if action.publish == "chunk"
-        else encode(action, stamp_ns, now[name], contract.step_ns)
-        for name, action in contract.actions.items()
-    }
+    now = contract.split(rows)
+    later = {} if plan is None else contract.split(plan[1])
+    frame = {}
+    for name, action in contract.actions.items():
+        if action.publish == "step":
+            frame[action.topic] = encode(action, stamp_ns, now[name], contract.step_ns)
+        elif plan is not None:
+            frame[action.topic] = encode(action, plan[0], later[name], contract.chunk_step_ns)
+    return frame
 
 
 def codec(action: Action) -> Codec:

@@ -2,7 +2,8 @@
 
 Unknown keys, wrong types and wrong tags fail with the dotted path and the choices. A union of dataclasses is told
 apart by a field ``type`` whose annotation is a ``Literal``. A field that outsiders may extend is annotated with a
-registry, ``Annotated[Any, REGISTRY]``: a dict from tag to a class whose attribute ``Config`` is the dataclass.
+registry, ``Annotated[Any, REGISTRY]``: a dict from tag to a class whose attribute ``Config`` is the dataclass, or the
+attribute that is named, as in ``Annotated[Any, REGISTRY, "Recipe"]``.
 """
 
 from __future__ import annotations
@@ -83,7 +84,9 @@ def _decode(annotation: Any, data: Any, path: str) -> Any:
     if origin is Annotated:
         inner, *extras = get_args(annotation)
         registry = next((extra for extra in extras if isinstance(extra, dict)), None)
-        return _decode(inner, data, path) if registry is None else _decode_registered(registry, data, path)
+        if registry is None:
+            return _decode(inner, data, path)
+        return _decode_registered(registry, data, path, next((e for e in extras if isinstance(e, str)), "Config"))
     if annotation is Any:
         return data
     if dataclasses.is_dataclass(annotation):
@@ -119,7 +122,7 @@ def _decode_dataclass(cls: type[Any], data: Any, path: str) -> Any:
         raise ConfigError(_join(path, str(error)) if path else str(error)) from None
 
 
-def _decode_registered(registry: Mapping[str, Any], data: Any, path: str) -> Any:
+def _decode_registered(registry: Mapping[str, Any], data: Any, path: str, attribute: str) -> Any:
     """A part by its tag; tags that are not registered are looked for in the installed plug-ins."""
     if data is None:
         return None
@@ -128,9 +131,9 @@ def _decode_registered(registry: Mapping[str, Any], data: Any, path: str) -> Any
         load_plugins()
     if not isinstance(tag, str) or tag not in registry:
         raise ConfigError(f"{_join(path, 'type')}: found {tag!r}, expected one of {choices(registry)}")
-    config: Any = getattr(registry[tag], "Config", None)
+    config: Any = getattr(registry[tag], attribute, None)
     if not dataclasses.is_dataclass(config):
-        raise ConfigError(f"{_join(path, 'type')}: {tag!r} is registered without a dataclass as its Config")
+        raise ConfigError(f"{_join(path, 'type')}: {tag!r} is registered without a dataclass as its {attribute}")
     return _decode(config, data, path)
 
 

@@ -452,19 +452,16 @@ class PolicyNode(LifecycleNode):
 
     def _publish_command(self, command: Command) -> None:
         assert self.core is not None
-        chunk = command.chunk
+        chunk, plan = command.chunk, None
+        observed_ns = chunk.observation_stamp_ns
+        if observed_ns != self._planned_ns:  # trajectories go out once a chunk
+            plan = (observed_ns, np.clip(chunk.actions, *self._bounds))
         try:
-            plan = (chunk.observation_stamp_ns, np.clip(chunk.actions, *self._bounds))
             frame = encode_frame(self.core.contract, command.stamp_ns, command.values, plan)
         except VlaError as error:
             self._report_fault(str(error))
             self._publish_safe(command.stamp_ns, str(error))
             return
-        observed_ns = chunk.observation_stamp_ns
-        if observed_ns == self._planned_ns:  # trajectories go out once a chunk
-            for action in self.core.contract.actions.values():
-                if action.publish == "chunk":
-                    frame.pop(action.topic)
         self._planned_ns = observed_ns
         self._send(frame)
         self._last_values = command.values
@@ -486,7 +483,7 @@ class PolicyNode(LifecycleNode):
         assert self.core is not None
         values = self.core.contract.safe_values(self._last_values)
         if values is not None:
-            self._send(encode_frame(self.core.contract, stamp_ns, values))
+            self._send(encode_frame(self.core.contract, stamp_ns, values, (stamp_ns, values[None])))
         self._planned_ns = -1
         self.counts.safe_commands += 1
         self.faults.note(reason)

@@ -48,7 +48,7 @@ def test_what_is_missing_is_masked_and_the_rest_is_as_ever() -> None:
 
 def test_a_camera_that_nobody_saw_has_the_size_of_the_spec() -> None:
     blind = observe("arm", "task")
-    batch = collate([blind], NORMALIZER, tokenizer(), SPEC.images)
+    batch = collate([blind], NORMALIZER, tokenizer(), SPEC)
     assert batch.images["camera"].shape == (1, 3, 6, 8) and not batch.image_mask["camera"].any()
     assert not batch.images["camera"].any()
     assert "camera" not in collate([blind], NORMALIZER, tokenizer()).images
@@ -57,8 +57,8 @@ def test_a_camera_that_nobody_saw_has_the_size_of_the_spec() -> None:
 def test_a_model_does_not_see_what_is_masked() -> None:
     """The same chunk, whatever stands in the place of the masked picture and the masked state."""
     model = checkpoint().model
-    batch = collate([observe("task")], NORMALIZER, tokenizer(), SPEC.images)
+    batch = collate([observe("task")], NORMALIZER, tokenizer(), SPEC)
     other = dataclasses.replace(batch, images={"camera": batch.images["camera"] + 0.7}, state=batch.state - 3)
     assert model.predict(batch).tolist() == model.predict(other).tolist()
-    there = collate([observe("camera", "arm", "task")], NORMALIZER, tokenizer(), SPEC.images)
+    there = collate([observe("camera", "arm", "task")], NORMALIZER, tokenizer(), SPEC)
     assert not np.allclose(model.predict(there), model.predict(batch), atol=1e-3)

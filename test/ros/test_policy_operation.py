@@ -20,7 +20,7 @@ from std_srvs.srv import Trigger
 from vla_ros.action import RunInstruction
 from vla_ros.msg import Trajectory
 
-from vla_core.contract import Action, RobotContract
+from vla_core.contract import Action, RobotContract, Safety
 from vla_ros.bridge import COMMAND_QOS, candidate_topic
 from vla_ros.policy_node import PolicyNode
 
@@ -234,7 +234,7 @@ def test_trajectories_go_out_whole_once_a_chunk(
         names=("x", "y", "yaw", "speed"), units=("m", "m", "rad", "m/s"),
         low=(-1.0,) * 4, high=(1.0,) * 4, safe=("zero",) * 4,
     )  # fmt: skip
-    vehicle = dataclasses.replace(contract, actions={"trajectory": action})
+    vehicle = dataclasses.replace(contract, actions={"trajectory": action}, safety=Safety())
     folder = shutil.copytree(checkpoint, tmp_path / "vehicle")
     (folder / "contract.yaml").write_text(vehicle.to_yaml())
     policy = make_policy(ros, folder, execution=["steps=1"])

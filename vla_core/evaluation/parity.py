@@ -11,6 +11,7 @@ from safetensors.numpy import load_file, save_file
 from vla_core.data import bag as bags
 from vla_core.data.episodes import EPISODE_TOPIC, episode_starts
 from vla_core.errors import VlaError
+from vla_core.model.inputs import ModelInputs
 from vla_core.observation.batch import collate
 from vla_core.observation.builder import Observation, ObservationBuilder, Unobserved
 from vla_core.runtime.chunk import ActionChunk, Continuation
@@ -107,7 +108,7 @@ def _arrays(policy: Policy, entries: list[tuple[Observation, ActionChunk]]) -> d
     """Over N inferences: ``stamp_ns`` (N,), ``chunk`` (N, H, A), and every tensor that the model saw."""
     checkpoint = policy.checkpoint
     seen = [observation for observation, _ in entries]
-    inputs = collate(seen, checkpoint.normalizer, checkpoint.tokenizer, policy.spec.images)
+    inputs = collate(seen, checkpoint.normalizer, checkpoint.tokenizer, policy.spec)
     return {
         **_continued([chunk for _, chunk in entries]),
         "stamp_ns": np.array([observation.stamp_ns for observation, _ in entries], dtype=np.int64),
@@ -117,7 +118,15 @@ def _arrays(policy: Policy, entries: list[tuple[Observation, ActionChunk]]) -> d
         "state_mask": inputs.state_mask.numpy(),
         **{f"image.{name}": pixels.numpy() for name, pixels in inputs.images.items()},
         **{f"image_mask.{name}": mask.numpy() for name, mask in inputs.image_mask.items()},
+        **_sensors(inputs),
     }
+
+
+def _sensors(inputs: ModelInputs) -> dict[str, np.ndarray]:
+    """Clouds, windows and maps, with their masks."""
+    found = {**inputs.clouds, **inputs.sequences, **inputs.maps}
+    values = {f"sensor.{name}": sensor.values.numpy() for name, sensor in found.items()}
+    return {**values, **{f"sensor_mask.{name}": sensor.mask.numpy() for name, sensor in found.items()}}
 
 
 def _continued(chunks: list[ActionChunk]) -> dict[str, np.ndarray]:

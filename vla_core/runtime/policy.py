@@ -45,7 +45,7 @@ class Policy:
 
         Raises :class:`PolicyError` when it is not finite.
         """
-        inputs = collate([observation], self.checkpoint.normalizer, self.checkpoint.tokenizer, self.spec.images)
+        inputs = collate([observation], self.checkpoint.normalizer, self.checkpoint.tokenizer, self.spec)
         generator = torch.Generator().manual_seed(_noise_seed(self.seed, observation.stamp_ns))
         normalized = self.checkpoint.model.predict(inputs, generator, self._prefix(continues))[0].numpy()  # (H, A)
         actions = self.checkpoint.normalizer.unnormalize("action", normalized)

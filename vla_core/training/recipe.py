@@ -5,43 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 from vla_core.config import ConfigError, from_dict, load_yaml, override
+from vla_core.contract import RobotContract
 from vla_core.errors import choices
-from vla_core.model.action_head.diffusion_action_head import DiffusionHeadConfig
-from vla_core.model.action_head.flow_action_head import FlowHeadConfig
-from vla_core.model.action_head.mlp_action_head import MLPHeadConfig
-from vla_core.model.vla.mini_vla import MiniVLAConfig
-from vla_core.model.vlm.vision_encoder import TinyCNNConfig
+from vla_core.model.vla import MODEL_REGISTRY
+from vla_core.model.vla import MiniVLARecipe as MiniVLARecipe
+from vla_core.model.vla.sizes import check_images, check_sees, model_sizes
 from vla_core.observation.builder import ObservationSpec
 from vla_core.observation.normalizer import Normalization
 from vla_core.resources import share
 from vla_core.runtime.execution import Execution
-
-
-@dataclass(frozen=True, kw_only=True)
-class MiniVLARecipe:
-    """The free choices of :class:`MiniVLAConfig`; cameras, sizes and vocabulary follow from the dataset."""
-
-    type: Literal["mini_vla"] = "mini_vla"
-    horizon: int = 8
-    d_model: int = 128
-    vision: TinyCNNConfig = field(default_factory=TinyCNNConfig)
-    head: DiffusionHeadConfig | FlowHeadConfig | MLPHeadConfig = field(default_factory=DiffusionHeadConfig)
-
-    def __post_init__(self) -> None:
-        if self.horizon < 1:
-            raise ConfigError(f"horizon: expected at least 1, found {self.horizon}")
-        if self.vision.d_model != self.d_model:
-            raise ConfigError(f"vision.d_model: expected d_model ({self.d_model}), found {self.vision.d_model}")
-
-    def config(self, cameras: tuple[str, ...], state_dim: int, action_dim: int, vocab_size: int) -> MiniVLAConfig:
-        """The whole model configuration for a dataset."""
-        return MiniVLAConfig(
-            cameras=cameras, state_dim=state_dim, action_dim=action_dim, vocab_size=vocab_size,
-            horizon=self.horizon, d_model=self.d_model, vision=self.vision, head=self.head,
-        )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,12 +54,13 @@ class Training:
 class Recipe:
     """What a policy sees, what it is, how it is executed and how it is trained.
 
-    ``camera`` is the simulator's camera that ``vla demo`` records with unless it is told another.
+    ``camera`` is the simulator's camera that ``vla demo`` records with unless it is told another. In a file ``model``
+    may be the name of a preset in ``config/models``, or the path of such a file.
     """
 
     camera: str = "corner2"
     observation: ObservationSpec
-    model: MiniVLARecipe = field(default_factory=MiniVLARecipe)
+    model: Annotated[Any, MODEL_REGISTRY, "Recipe"] = field(default_factory=MiniVLARecipe)
     normalization: Normalization = field(default_factory=Normalization)
     execution: Execution = field(default_factory=Execution)
     training: Training = field(default_factory=Training)
@@ -92,17 +68,50 @@ class Recipe:
     def __post_init__(self) -> None:
         self.execution.check(self.model.horizon, self.model.head)
 
+    def model_config(self, contract: RobotContract, vocab_size: int) -> Any:
+        """The whole model configuration for the robot; raises :class:`ConfigError` where the two do not fit."""
+        check_sees(self.model.type, MODEL_REGISTRY[self.model.type].sees, self.observation)
+        check_images(self.model, self.observation)
+        return self.model.config(**model_sizes(self.observation, contract, vocab_size))
+
 
 def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     """Load a recipe by file name, or by the name of one in ``config/train``."""
-    path = Path(name)
-    if not path.is_file():
-        folder = share("config/train")
-        path = folder / f"{name}.yaml"
-        if not path.is_file():
-            raise ConfigError(f"no recipe {name!r}; choices: {choices(p.stem for p in folder.glob('*.yaml'))}, "
-                              "or the path of a YAML file")  # fmt: skip
+    path = _find(name, "config/train", "recipe")
+    whole = [assignment for assignment in overrides if assignment.partition("=")[0] == "model"]
+    parts = [assignment for assignment in overrides if assignment not in whole]
     try:
-        return from_dict(Recipe, override(load_yaml(path), overrides))
+        data = override(load_yaml(path), whole)
+        if isinstance(data.get("model"), str):
+            data["model"] = load_yaml(_find(data["model"], "config/models", "model preset"))
+        return from_dict(Recipe, override(data, parts))
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
+
+
+def load_preset(name: str, overrides: Sequence[str] = ()) -> Any:
+    """Load a model's recipe by file name, or by the name of one in ``config/models``."""
+    path = _find(name, "config/models", "model preset")
+    try:
+        return from_dict(_Model, {"model": override(load_yaml(path), overrides)}).model
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Model:
+    """A file of ``config/models``."""
+
+    model: Annotated[Any, MODEL_REGISTRY, "Recipe"]
+
+
+def _find(name: str, place: str, what: str) -> Path:
+    path = Path(name)
+    if path.is_file():
+        return path
+    folder = share(place)
+    path = folder / f"{name}.yaml"
+    if not path.is_file():
+        raise ConfigError(f"no {what} {name!r}; choices: {choices(p.stem for p in folder.glob('*.yaml'))}, "
+                          "or the path of a YAML file")  # fmt: skip
+    return path

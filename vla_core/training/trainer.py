@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import time
 from collections.abc import Callable
@@ -19,9 +20,9 @@ from vla_core.contract import ContractError, RobotContract
 from vla_core.data.dataset import ChunkWindows, Dataset
 from vla_core.errors import VlaError
 from vla_core.model.inputs import ModelInputs
-from vla_core.model.vla.mini_vla import MiniVLA
-from vla_core.model.vlm.text_encoder import WordTokenizer
-from vla_core.observation.batch import make_inputs
+from vla_core.model.vla import MODEL_REGISTRY, PolicyModel, build_model
+from vla_core.model.vla.sizes import check_sees
+from vla_core.observation.batch import Tokenizer, make_inputs
 from vla_core.observation.normalizer import Normalizer
 from vla_core.training.recipe import Recipe, Training
 
@@ -61,7 +62,7 @@ class Result:
 class Batches:
     """Model inputs and normalized chunks of a dataset, drawn by index."""
 
-    def __init__(self, dataset: Dataset, horizon: int, normalizer: Normalizer, tokenizer: WordTokenizer) -> None:
+    def __init__(self, dataset: Dataset, horizon: int, normalizer: Normalizer, tokenizer: Tokenizer) -> None:
         self.windows = ChunkWindows(dataset, horizon)
         self._normalizer, self._tokenizer = normalizer, tokenizer
 
@@ -100,24 +101,20 @@ def train(
                             f"{dataset.spec} against {recipe.observation}; convert the bags again")  # fmt: skip
     if validation and (validation.spec != dataset.spec or _differ(validation.contract, dataset.contract)):
         raise TrainingError("the validation dataset was built for another observation or contract than the dataset")
-    if recipe.observation.extras:
-        raise TrainingError(f"mini_vla sees images, state and an instruction, not "
-                            f"{', '.join(recipe.observation.extras)}")  # fmt: skip
+    kind = MODEL_REGISTRY[recipe.model.type]
+    check_sees(recipe.model.type, kind.sees, recipe.observation)
     options = recipe.training
     _check_device(options.device)
     torch.manual_seed(options.seed)
     rng = np.random.default_rng(options.seed)
-    tokenizer = WordTokenizer()
-    tokenizer.fit(episode.instruction for episode in dataset.episodes)
+    tokenizer = kind.tokenizer(recipe.model, [episode.instruction for episode in dataset.episodes])
     normalizer = Normalizer(recipe.normalization, dataset.statistics())
     batches = Batches(dataset, recipe.model.horizon, normalizer, tokenizer)
     held_out = Batches(validation, recipe.model.horizon, normalizer, tokenizer) if validation else None
-    model = MiniVLA(recipe.model.config(
-        cameras=tuple(recipe.observation.images), state_dim=batches.windows.state.shape[1],
-        action_dim=batches.windows.action.shape[1], vocab_size=tokenizer.vocab_size,
-    )).to(options.device)  # fmt: skip
+    model = build_model(recipe.model_config(dataset.contract, tokenizer.vocab_size)).to(options.device)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     averaged = copy.deepcopy(model).eval() if options.ema_decay is not None else model
-    optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay)
+    optimizer = torch.optim.AdamW(trained, lr=options.learning_rate, weight_decay=options.weight_decay)
     writer = _summary_writer(log_dir)
 
     start = time.perf_counter()
@@ -134,7 +131,7 @@ def train(
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         if options.gradient_clip is not None:
-            nn.utils.clip_grad_norm_(model.parameters(), options.gradient_clip)
+            nn.utils.clip_grad_norm_(trained, options.gradient_clip)
         optimizer.step()
         if options.ema_decay is not None:
             _average(averaged, model, options.ema_decay, step)
@@ -181,7 +178,7 @@ def _differ(a: RobotContract, b: RobotContract) -> bool:
 
 
 @torch.no_grad()
-def evaluate_loss(model: MiniVLA, batches: Batches, device: str = "cpu") -> float:
+def evaluate_loss(model: PolicyModel, batches: Batches, device: str = "cpu") -> float:
     """Mean loss over all windows; the noise is the same at every call, so that values compare."""
     model.eval()
     generator = torch.Generator(device=device).manual_seed(0)
@@ -208,7 +205,7 @@ def _set_learning_rate(optimizer: torch.optim.Optimizer, options: Training, step
 
 
 @torch.no_grad()
-def _average(averaged: MiniVLA, model: MiniVLA, decay: float, step: int) -> None:
+def _average(averaged: PolicyModel, model: PolicyModel, decay: float, step: int) -> None:
     """Exponential moving average whose window grows with the run, so that the start does not linger."""
     weight = 1.0 - min(decay, (1.0 + step) / (10.0 + step))
     torch._foreach_lerp_(list(averaged.parameters()), list(model.parameters()), weight)
@@ -222,8 +219,7 @@ def _augment(inputs: ModelInputs, options: Training) -> ModelInputs:
     state = inputs.state
     if options.state_noise:
         state = state + options.state_noise * torch.randn_like(state)
-    return ModelInputs(images=images, state=state, tokens=inputs.tokens, image_mask=inputs.image_mask,
-                       state_mask=inputs.state_mask)  # fmt: skip
+    return dataclasses.replace(inputs, images=images, state=state)
 
 
 def _shift(pixels: Tensor, limit: int) -> Tensor:

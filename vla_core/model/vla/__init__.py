@@ -1,0 +1,8 @@
+"""Whole models; importing any of them registers all of them."""
+
+from vla_core.model.vla.base import MODEL_REGISTRY as MODEL_REGISTRY
+from vla_core.model.vla.base import PolicyModel as PolicyModel
+from vla_core.model.vla.base import build_model as build_model
+from vla_core.model.vla.mini_vla import MiniVLA as MiniVLA
+from vla_core.model.vla.mini_vla import MiniVLAConfig as MiniVLAConfig
+from vla_core.model.vla.mini_vla import MiniVLARecipe as MiniVLARecipe

@@ -6,6 +6,7 @@ one camera, 39 state numbers and a horizon of 1.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -22,7 +23,8 @@ from vla_core.model.action_head.mlp_action_head import MLPHeadConfig
 from vla_core.model.fusion.sensor_fusion import FusionMLP
 from vla_core.model.inputs import ModelInputs
 from vla_core.model.sensor.state_encoder import StateEncoderMLP
-from vla_core.model.vlm.text_encoder import TextEncoderTinyGRU
+from vla_core.model.vla.base import MODEL_REGISTRY, PolicyModel
+from vla_core.model.vlm.text_encoder import TextEncoderTinyGRU, WordTokenizer
 from vla_core.model.vlm.vision_encoder import ImageEncoderTinyCNN, TinyCNNConfig
 
 
@@ -52,8 +54,42 @@ class MiniVLAConfig:
             raise ConfigError(f"vision.d_model: expected d_model ({self.d_model}), found {self.vision.d_model}")
 
 
-class MiniVLA(nn.Module):
+@dataclass(frozen=True, kw_only=True)
+class MiniVLARecipe:
+    """The free choices of :class:`MiniVLAConfig`; cameras, sizes and vocabulary follow from the dataset."""
+
+    type: Literal["mini_vla"] = "mini_vla"
+    horizon: int = 8
+    d_model: int = 128
+    vision: TinyCNNConfig = field(default_factory=TinyCNNConfig)
+    head: DiffusionHeadConfig | FlowHeadConfig | MLPHeadConfig = field(default_factory=DiffusionHeadConfig)
+
+    def __post_init__(self) -> None:
+        if self.horizon < 1:
+            raise ConfigError(f"horizon: expected at least 1, found {self.horizon}")
+        if self.vision.d_model != self.d_model:
+            raise ConfigError(f"vision.d_model: expected d_model ({self.d_model}), found {self.vision.d_model}")
+
+    def config(self, cameras: tuple[str, ...], state_dim: int, action_dim: int, vocab_size: int) -> MiniVLAConfig:
+        """The whole model configuration for a dataset."""
+        return MiniVLAConfig(
+            cameras=cameras, state_dim=state_dim, action_dim=action_dim, vocab_size=vocab_size,
+            horizon=self.horizon, d_model=self.d_model, vision=self.vision, head=self.head,
+        )  # fmt: skip
+
+
+class MiniVLA(PolicyModel):
     """Observations to a chunk of normalized actions (B, horizon, action_dim)."""
+
+    Config = MiniVLAConfig
+    Recipe = MiniVLARecipe
+
+    @staticmethod
+    def tokenizer(recipe: MiniVLARecipe, texts: Iterable[str]) -> WordTokenizer:
+        """Return a tokenizer of the words of ``texts``."""
+        tokenizer = WordTokenizer()
+        tokenizer.fit(texts)
+        return tokenizer
 
     def __init__(self, config: MiniVLAConfig) -> None:
         super().__init__()
@@ -107,3 +143,6 @@ class MiniVLA(nn.Module):
             raise VlaError(
                 f"model inputs lack the camera {missing[0]!r} or its mask; cameras given: {choices(inputs.images)}"
             )
+
+
+MODEL_REGISTRY["mini_vla"] = MiniVLA

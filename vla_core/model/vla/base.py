@@ -1,0 +1,53 @@
+"""What every whole model is: observations to chunks of actions, built from one typed configuration."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vla_core.errors import VlaError, choices
+from vla_core.model.action_head.guidance import ChunkPrefix
+from vla_core.model.inputs import ModelInputs
+
+
+class PolicyModel(nn.Module):
+    """Observations to a chunk of normalized actions (B, horizon, action_dim).
+
+    ``Recipe`` has the free choices, and its ``config(**sizes)`` returns a ``Config``: the choices and the sizes that
+    follow from the robot and the data (``model.vla.sizes``). Both have ``horizon`` and ``head``. ``sees`` are the
+    places of an observation spec that the model takes.
+    """
+
+    Config: type[Any]
+    Recipe: type[Any]
+    sees: tuple[str, ...] = ("images", "state", "instruction")
+    config: Any
+
+    @staticmethod
+    @abstractmethod
+    def tokenizer(recipe: Any, texts: Iterable[str]) -> Any:
+        """Return the tokenizer for the instructions ``texts`` of a training set."""
+
+    @abstractmethod
+    def loss(self, inputs: ModelInputs, actions: Tensor, mask: Tensor,
+             generator: torch.Generator | None = None) -> Tensor:  # fmt: skip
+        """Return the head's scalar loss for ``actions`` (B, H, A) where ``mask`` (B, H) is True."""
+
+    @abstractmethod
+    def predict(self, inputs: ModelInputs, generator: torch.Generator | None = None,
+                prefix: ChunkPrefix | None = None) -> Tensor:  # fmt: skip
+        """Return the chunk (B, H, A) in normalized action units, continuing ``prefix`` where one is given."""
+
+
+MODEL_REGISTRY: dict[str, type[Any]] = {}
+
+
+def build_model(config: Any, **parts: Any) -> Any:
+    """Build the model that is registered under ``config.type``; ``parts`` are modules of the caller's own."""
+    if config.type not in MODEL_REGISTRY:
+        raise VlaError(f"no model {config.type!r} registered; choices: {choices(MODEL_REGISTRY)}")
+    return MODEL_REGISTRY[config.type](config, **parts)
