@@ -147,16 +147,17 @@ def _check_sizes(path: Path, config: PolicyConfig, contract: RobotContract, stat
         raise CheckpointError(f"{path}: tokenizer.json has {tokenizer.vocab_size} words, model.vocab_size is "
                               f"{config.model.vocab_size}")  # fmt: skip
     fitting = model_sizes(config.observation, contract, tokenizer.vocab_size)
-    for key in ("history", "clouds", "sequences", "maps", "calibrated"):
-        if (found := getattr(config.model, key, None)) != fitting.get(key, found) or (found and key not in fitting):
-            raise CheckpointError(f"{path}: model.{key} is {found!r}, but {fitting.get(key)!r} by the observation")
+    for key, absent in {"history": 1, "clouds": {}, "sequences": {}, "maps": (), "calibrated": ()}.items():
+        found, expected = getattr(config.model, key, absent), fitting.get(key, absent)
+        if found != expected:
+            raise CheckpointError(f"{path}: model.{key} is {found!r}, but {expected!r} by the observation")
     if not isinstance(statistics, dict):
         raise CheckpointError(f"{path}: statistics.json holds {type(statistics).__name__}, expected groups of numbers")
-    expected = {
+    numbers = {
         "state": (sum(len(contract.stream(name).names) for name in config.observation.state), config.model.state_dim),
         "action": (len(contract.action_names), config.model.action_dim),
     }
-    for name, (declared, modelled) in expected.items():
+    for name, (declared, modelled) in numbers.items():
         if declared != modelled:
             raise CheckpointError(f"{path}: the contract has {declared} numbers in {name!r}, the model {modelled}")
         for key, values in statistics.get(name, {}).items():

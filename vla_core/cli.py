@@ -93,6 +93,13 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
     inspect = commands.add_parser("inspect", help="what is in a bag, a dataset or a checkpoint")
     inspect.add_argument("path", type=Path)
+    inspect.add_argument(
+        "--sensitivity", type=Path, metavar="DATA",
+        help="of a checkpoint: how much its actions change when the instruction is swapped, a camera is black or a "
+        "sensor is masked, over a dataset or bags",
+    )  # fmt: skip
+    inspect.add_argument("--samples", type=positive, default=256, help="ticks of DATA that are looked at")
+    inspect.add_argument("--out", type=Path, help="JSON file for the sensitivity")
     inspect.set_defaults(run=_inspect)
 
 
@@ -259,5 +266,18 @@ def _replay(parsed: argparse.Namespace) -> int:
 def _inspect(parsed: argparse.Namespace) -> int:
     from vla_core.inspect import describe
 
-    print(describe(parsed.path))
+    if parsed.sensitivity is None:
+        if parsed.out is not None:
+            raise VlaError("--out: belongs to --sensitivity, which tells on what data")
+        print(describe(parsed.path))
+        return 0
+    from vla_core.checkpoint import Checkpoint
+    from vla_core.evaluation.sensitivity import sensitivity
+
+    found = sensitivity(Checkpoint.load(parsed.path), parsed.sensitivity, parsed.samples)
+    print(found.table())
+    if parsed.out is not None:
+        record = {"checkpoint": str(parsed.path), "data": str(parsed.sensitivity), **found.to_dict()}
+        parsed.out.parent.mkdir(parents=True, exist_ok=True)
+        parsed.out.write_text(json.dumps(record, indent=1), encoding="utf-8")
     return 0

@@ -127,7 +127,7 @@ def _decode_registered(registry: Mapping[str, Any], data: Any, path: str, attrib
     if data is None:
         return None
     tag = data.get("type") if isinstance(data, Mapping) else None
-    if tag not in registry:
+    if isinstance(tag, str) and tag not in registry:
         load_plugins()
     if not isinstance(tag, str) or tag not in registry:
         raise ConfigError(f"{_join(path, 'type')}: found {tag!r}, expected one of {choices(registry)}")

@@ -261,6 +261,13 @@ class RobotContract:
             raise ConfigError(f"actions: expected a topic each, found {', '.join(topics)}")
         if len({action.step_s for action in self.actions.values()}) != 1:
             raise ConfigError("actions: one chunk has one step; all actions need the same step_s")
+        by_topic: dict[str, tuple[str, Stream]] = {}
+        for name, stream in self.observations.items():
+            other, first = by_topic.setdefault(stream.topic, (name, stream))
+            for key in ("type", "reliability", "latched"):
+                if getattr(first, key) != getattr(stream, key):
+                    raise ConfigError(f"observations.{name}.{key}: shares {stream.topic} with {other}, which has "
+                                      f"{getattr(first, key)!r}, found {getattr(stream, key)!r}")  # fmt: skip
         self._check_safety()
 
     def _check_safety(self) -> None:

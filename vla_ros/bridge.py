@@ -59,10 +59,15 @@ def subscribe_stream(
 
     The contract's QoS can be overridden by ROS 2's parameters ``qos_overrides./<topic>.subscription.<policy>``.
     """
-    return node.create_subscription(
-        message_class(stream.type), stream.topic, callback, stream_qos(stream, depth), raw=True,
-        qos_overriding_options=QOS_OVERRIDES,
-    )  # fmt: skip
+    try:
+        return node.create_subscription(
+            message_class(stream.type), stream.topic, callback, stream_qos(stream, depth), raw=True,
+            qos_overriding_options=QOS_OVERRIDES,
+        )  # fmt: skip
+    except RuntimeError as error:
+        topic = node.resolve_topic_name(stream.topic)
+        raise VlaError(f"no subscription of {topic}: {error}; its QoS comes from the contract and from the parameters "
+                       f"qos_overrides.{topic}.subscription.<policy>") from None  # fmt: skip
 
 
 def subscribe_episodes(node: Node, callback: Callable[[Any], None]) -> Subscription:

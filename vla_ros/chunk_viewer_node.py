@@ -120,7 +120,15 @@ class ChunkViewerNode(Node):
     def _on_chunk(self, chunk: ActionChunk) -> None:
         if self.track.velocity and self._origin is None:
             return  # the robot has not been seen yet: nowhere to begin
-        actions = np.asarray(chunk.actions).reshape(chunk.horizon, -1)
+        names = list(chunk.names)  # in the policy's order, which need not be that of the robot's own file
+        absent = [name for name in self.contract.action_names if name not in names]
+        if absent or len(chunk.actions) != chunk.horizon * len(names):
+            self.get_logger().warning(
+                f"{CHUNK_TOPIC}: {len(chunk.actions)} numbers in {chunk.horizon} rows of {names}, expected rows of "
+                f"{list(self.contract.action_names)}; not drawn", throttle_duration_sec=5.0)  # fmt: skip
+            return
+        columns = [names.index(name) for name in self.contract.action_names]
+        actions = np.reshape(chunk.actions, (chunk.horizon, len(names)))[:, columns]
         step_ns = chunk.step.sec * NANOSECONDS + chunk.step.nanosec
         shown = points(self.track, actions, step_ns / NANOSECONDS, self._origin)
         self._path.publish(self._as_path(chunk, shown, step_ns))

@@ -43,7 +43,7 @@ class InstructionServer:
     def __init__(self, node: Any) -> None:
         self._node: Any = node  # a Node and an Actor
         self._done: Future | None = None
-        self._watch: Any = None
+        self._instruction = ""  # of the goal that runs; empty: it keeps what is there
         self._server = ActionServer(
             node, RunInstruction, "~/run_instruction", self._execute,
             goal_callback=self._accept, cancel_callback=lambda goal: CancelResponse.ACCEPT,
@@ -58,6 +58,11 @@ class InstructionServer:
         """An Episode mark says how it went."""
         self._end(Result.SUCCEEDED if succeeded else Result.FAILED, "the episode was marked so")
 
+    @property
+    def instruction(self) -> str:
+        """What the goal that runs was given, and is judged by; empty when it, or nobody, was given one."""
+        return self._instruction
+
     def _accept(self, goal: Any) -> GoalResponse:
         if self._node.configured:
             return GoalResponse.ACCEPT
@@ -67,20 +72,21 @@ class InstructionServer:
     async def _execute(self, handle: Any) -> Any:
         self._end(Result.CANCELED, "a newer goal took over")
         done = self._done = Future()
+        self._instruction = handle.request.instruction
         clock, node = node_clock(self._node), self._node
         start_ns, commands = clock(), node.counts.commands
         problem = self._begin(handle.request.instruction)
         if problem:
             self._end(Result.FAULT, problem)
         limit = handle.request.time_limit
-        run = _Run(node, handle, start_ns, limit.sec * NANOSECONDS + limit.nanosec, commands)
+        run = _Run(node, handle, start_ns, limit.sec * NANOSECONDS + limit.nanosec, commands, done)
         watch = node.create_timer(PERIOD_S, lambda: self._look(run), clock=node.steady)
         try:
             reason, message = await done  # type: ignore[misc]
         finally:
             node.destroy_timer(watch)
         if self._done is done:  # no newer goal goes on from here
-            self._done = None
+            self._done, self._instruction = None, ""
             message = "; ".join(filter(None, [message, node.pause()]))
         _close(handle, reason)
         result = Result(reason=reason, message=message, commands=node.counts.commands - commands)
@@ -97,6 +103,8 @@ class InstructionServer:
 
     def _look(self, run: _Run) -> None:
         """Feedback, and the ends that time brings."""
+        if self._done is not run.done:
+            return  # a newer goal took over, and this one's end is on its way
         if run.handle.is_cancel_requested:
             self._end(Result.CANCELED, "canceled by the client")
         elif not run.node.active:
@@ -116,8 +124,8 @@ class InstructionServer:
 class _Run:
     """The times of one goal."""
 
-    def __init__(self, node: Any, handle: Any, start_ns: int, limit_ns: int, commands: int) -> None:
-        self.node, self.handle, self.limit_ns = node, handle, limit_ns
+    def __init__(self, node: Any, handle: Any, start_ns: int, limit_ns: int, commands: int, done: Future) -> None:
+        self.node, self.handle, self.limit_ns, self.done = node, handle, limit_ns, done
         self._start_ns, self._first = start_ns, commands
         self._seen, self._steady_ns = commands, node.steady.now().nanoseconds
 

@@ -41,7 +41,7 @@ from vla_core.observation.builder import Unobserved
 from vla_core.observation.decode import decode
 from vla_core.runtime.chunk_executor import ActionChunk
 from vla_core.runtime.core import LATENCIES, Command, PolicyCore
-from vla_core.runtime.policy import Policy
+from vla_core.runtime.policy import Policy, PolicyError
 from vla_ros import diagnostics, process
 from vla_ros.bridge import (
     CHUNK_TOPIC,
@@ -86,11 +86,13 @@ class PolicyNode(LifecycleNode):
         self._subscriptions_held: list[Any] = []
         self._timers_held: list[Any] = []
         self._publishers_held: list[Any] = []
+        self._control_timer: Any = None
         self._worker: threading.Thread | None = None
         self._wake = threading.Event()
+        self._finished = False
         self._last_tick_ns = -1
         self._acted = False  # whether this episode has had a chunk
-        self._last_values: np.ndarray | None = None
+        self._last_values: np.ndarray | None = None  # of the newest command since activation
         self._answered_ns = -1
         self._age_s = 0.0
         self._planned_ns = -1  # observation stamp of the chunk that was last published as a trajectory
@@ -151,7 +153,14 @@ class PolicyNode(LifecycleNode):
 
     def on_shutdown(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Safe action first, then as cleanup."""
+        self._finished = True
         return self._guarded(self.stop)
+
+    def on_error(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """A transition broke in its middle: nothing half-made may go on commanding; configure starts anew."""
+        self._guarded(self.stop)
+        result: TransitionCallbackReturn = super().on_error(state)
+        return result
 
     def stop(self) -> None:
         """End in order: safe action, worker, logs, subscriptions. Harmless when there is nothing to end."""
@@ -176,7 +185,7 @@ class PolicyNode(LifecycleNode):
         """Forget what was seen and planned, as at the start of an episode."""
         if self.core is None:
             return self._answer_service(response, "no policy is loaded; configure first")
-        newest_ns = self.core.buffer.newest_ns(self._pace)
+        newest_ns = self._newest_tick_ns(self.core)
         self._begin_episode(self._now_ns() if newest_ns is None else newest_ns + 1)
         return self._answer_service(response, "")
 
@@ -188,6 +197,8 @@ class PolicyNode(LifecycleNode):
         """Act: configure and activate as far as needed; returns the problem, empty when there is none."""
         if self._active:
             return ""
+        if self._finished:
+            return "the node was shut down; start a new one"
         for needed, trigger in ((not self.configured, self.trigger_configure), (True, self.trigger_activate)):
             if needed and trigger() != TransitionCallbackReturn.SUCCESS:
                 return self.fault
@@ -210,9 +221,9 @@ class PolicyNode(LifecycleNode):
             self.faults.note(str(error))
             self.get_logger().error(self.fault)
             return TransitionCallbackReturn.FAILURE
-        except Exception:
-            self.faults.note(traceback.format_exc())
-            self.get_logger().error(self.fault)
+        except Exception as error:
+            self.faults.note(f"{type(error).__name__}: {error}; see the log")
+            self.get_logger().error(traceback.format_exc())
             return TransitionCallbackReturn.ERROR
         return TransitionCallbackReturn.SUCCESS
 
@@ -241,7 +252,9 @@ class PolicyNode(LifecycleNode):
         rates = {name: s.rate_hz for name, s in core.builder.streams.items() if s.rate_hz}
         if not rates:
             raise VlaError(f"checkpoint {folder}: it sees no stream with a rate, so nothing sets its pace")
-        self._pace = max(rates, key=lambda name: rates[name])  # ticks follow the fastest stream
+        fastest = sorted(rates, key=lambda name: -rates[name])
+        certain = [k for k, name in enumerate(fastest) if core.builder.streams[name].missing == "refuse"]
+        self._paces = fastest[: certain[0] + 1] if certain else fastest  # whose stamps may be ticks
         self._input_log = None
         if value(self, "log_dir"):
             Path(value(self, "log_dir")).mkdir(parents=True, exist_ok=True)  # fails here, not after the run
@@ -259,10 +272,9 @@ class PolicyNode(LifecycleNode):
         if self._synchronous:
             # Messages drive the ticks; the timer only covers the wait for the first listener.
             self._timers_held.append(self.create_timer(SYNCHRONOUS_POLL_S, self._answer, clock=self.steady))
-        self._subscriptions_held = [
-            *(subscribe_stream(self, stream, self._storing(name)) for name, stream in core.builder.streams.items()),
-            subscribe_episodes(self, self._on_episode),
-        ]
+        for name, stream in core.builder.streams.items():  # one by one, so that a failure undoes those before it
+            self._subscriptions_held.append(subscribe_stream(self, stream, self._storing(name)))
+        self._subscriptions_held.append(subscribe_episodes(self, self._on_episode))
         # What is there by now (torch, the model) stays: a collection that walks through it would stop the control clock
         # for a tenth of a second.
         gc.collect()
@@ -280,16 +292,21 @@ class PolicyNode(LifecycleNode):
 
     def _deactivate(self) -> None:
         was_active, self._active = self._active, False
-        self._wake.set()
-        if self._worker is not None:
-            self._worker.join()
-            self._worker = None
-        if was_active and self.core is not None:
-            if not self._synchronous:
-                self.destroy_timer(self._control_timer)
-            self.core.executor.clear()
-            if self._last_values is not None:
-                self._publish_safe(self._now_ns(), "deactivated")
+        try:
+            if was_active and self.core is not None:  # first of all: a model may think for long, or for ever
+                if self._control_timer is not None:
+                    self.destroy_timer(self._control_timer)
+                    self._control_timer = None
+                self.core.drop_plan()
+                if self._last_values is not None:
+                    self._publish_safe(self._now_ns(), "deactivated")
+        finally:
+            # Where the robot will be at the next activation nobody knows: what it held until now is no safe place then.
+            self._last_values = None
+            self._wake.set()
+            if self._worker is not None:
+                self._worker.join()
+                self._worker = None
 
     def _cleanup(self) -> None:
         if self.core is None:
@@ -313,33 +330,49 @@ class PolicyNode(LifecycleNode):
             if core is None:
                 return
             try:
+                if name == core.policy.spec.instruction and self._is_overruled(data):
+                    return
+                core.add(name, data, self._now_ns())
                 if name == core.policy.spec.instruction:
                     self._change_instruction(data)
-                core.add(name, data, self._now_ns())
             except VlaError as error:
                 self._report_fault(str(error))
                 return
             if self._synchronous:
                 self._answer()
-            elif (
-                name == self._pace
-            ):  # the worker acts on these stamps alone; waking it for all costs a tenth of the node
+            elif name in self._paces:  # the worker acts on these alone; waking it for all costs a tenth of the node
                 self._wake.set()
 
         return store
 
     def _change_instruction(self, data: bytes) -> None:
-        """What was planned for another instruction must not be executed any more, nor what is being computed."""
+        """What was planned for another instruction must not be executed any more, nor what is being computed.
+
+        Call it when the new one is in the memory: what is computed from now on is for that one.
+        """
         core = self.core
         assert core is not None and core.policy.spec.instruction is not None
         text = str(decode(core.builder.streams[core.policy.spec.instruction], data))
         before, self._instruction = self._instruction, text
         if before is None or before == text:
             return
-        newest_ns = core.buffer.newest_ns(self._pace)
-        if newest_ns is not None and self._acted:
-            core.executor.start_episode(newest_ns + 1)
-            self.counts.instruction_changes += 1
+        # In lockstep what was not answered yet still is; a robot waits for an observation of after the change.
+        seen_ns = self._last_tick_ns if self._synchronous else self._newest_tick_ns(core)
+        core.drop_plan(-1 if seen_ns is None else seen_ns)
+        self.counts.instruction_changes += 1
+
+    def _is_overruled(self, data: bytes) -> bool:
+        """Whether a goal runs that was given another instruction: what its client asked for is what runs.
+
+        Somebody who repeats an older text, or a latched one that arrives late, must not slip it under the goal.
+        """
+        core, goals = self.core, self._goals
+        assert core is not None and core.policy.spec.instruction is not None and goals is not None
+        text = str(decode(core.builder.streams[core.policy.spec.instruction], data))
+        if not goals.instruction or text == goals.instruction:
+            return False
+        self._report_fault(f"instruction {text!r} is not followed: a goal runs {goals.instruction!r}; cancel it first")
+        return True
 
     def instruct(self, text: str) -> None:
         """Tell everybody the instruction, this node among them; raises :class:`VlaError` when the policy has none."""
@@ -349,8 +382,8 @@ class PolicyNode(LifecycleNode):
         assert name is not None, "there is a publisher for it"
         data = messages.text(text)
         self._instruction_publisher.publish(data)
-        self._change_instruction(data)
         self.core.add(name, data, self._now_ns())
+        self._change_instruction(data)
 
     def _on_episode(self, message: Episode) -> None:
         if message.state == Episode.START:
@@ -367,6 +400,17 @@ class PolicyNode(LifecycleNode):
             self._last_tick_ns = -1
             self._acted = False
 
+    def _newest_tick_ns(self, core: PolicyCore) -> int | None:
+        """Ticks follow the fastest stream; one that may be masked and has fallen silent leaves them to the next."""
+        newest = {name: core.buffer.newest_ns(name) for name in self._paces}
+        latest_ns = max((stamp for stamp in newest.values() if stamp is not None), default=0)
+        for name in self._paces:
+            stream, stamp_ns = core.builder.streams[name], newest[name]
+            fresh = stamp_ns is not None and latest_ns - stamp_ns <= (stream.max_age_ns or 0)
+            if fresh or stream.missing == "refuse":
+                return stamp_ns
+        return None
+
     # Commands out, synchronous.
 
     def _answer(self) -> None:
@@ -374,14 +418,16 @@ class PolicyNode(LifecycleNode):
         core = self.core
         if core is None or not self._active or not self._is_listened_to():
             return
-        tick_ns = core.buffer.newest_ns(self._pace)
+        tick_ns = self._newest_tick_ns(core)
         if tick_ns is None or tick_ns == self._last_tick_ns or core.builder.due(core.buffer, tick_ns):
             return
+        if tick_ns < self._last_tick_ns:  # the clock was set back, by however little
+            core.drop_plan()
         self._last_tick_ns = tick_ns
         try:
             chunk = core.infer(tick_ns) if core.executor.due(tick_ns) else None
-        except VlaError as error:
-            self._report_fault(str(error))
+        except Exception as error:  # whatever it is: who waits for an answer gets the safe action
+            self._report_fault(f"inference failed: {error}")
             self._publish_safe(tick_ns, str(error))
             return
         self._acted = True
@@ -400,7 +446,7 @@ class PolicyNode(LifecycleNode):
         while self._active:
             self._wake.wait()
             self._wake.clear()
-            tick_ns = core.buffer.newest_ns(self._pace)
+            tick_ns = self._newest_tick_ns(core)
             # Another stamp is a newer one, or one of a clock that was set back: both are to be acted on.
             if not self._active or tick_ns is None or tick_ns == self._last_tick_ns or not core.executor.due(tick_ns):
                 continue
@@ -412,6 +458,9 @@ class PolicyNode(LifecycleNode):
             except Unobserved as unobserved:
                 if self._acted:  # before an episode's first chunk, streams are still starting up
                     self._report_fault(str(unobserved))
+            except PolicyError as error:  # a model gone wrong: nothing that it planned is to be trusted either
+                core.drop_plan()
+                self._report_fault(f"inference failed: {error}")
             except Exception as error:  # whatever it is: the control clock goes on, with the safe action
                 self._report_fault(f"inference failed: {error}")
 
@@ -421,14 +470,13 @@ class PolicyNode(LifecycleNode):
         assert core is not None
         now_ns = self._now_ns()
         if self._clock_jumped(now_ns):
-            core.buffer.clear()
-            core.executor.start_episode(now_ns)
+            core.forget()
             self._report_fault("the clock jumped: what was seen and planned before is forgotten")
         command = core.command(now_ns)
-        absent = core.builder.absent(core.buffer, now_ns) if command is not None else []
-        if absent:
-            core.executor.clear()
-            self._report_fault("; ".join(absent))
+        lost = core.builder.lost(core.buffer, now_ns) if command is not None else []
+        if lost:
+            core.drop_plan()
+            self._report_fault("; ".join(lost))
             command = None
         if command is not None:
             self._publish_command(command)
@@ -442,12 +490,12 @@ class PolicyNode(LifecycleNode):
         if before is None:
             return False
         passed_ns, steady_passed_ns = now_ns - before[0], steady_ns - before[1]
-        if steady_passed_ns > 1.5 * self._period_ns:
+        own = bool(value(self, "use_sim_time"))
+        if not own and steady_passed_ns > 1.5 * self._period_ns:  # the steps of simulated time are not this node's
             self.counts.late_ticks += 1
         if passed_ns < 0:
             return True
         # Simulated time may run at any speed, but never skips many control periods at once.
-        own = bool(value(self, "use_sim_time"))
         return passed_ns > 2 * JUMP_NS if own else abs(passed_ns - steady_passed_ns) > JUMP_NS
 
     def _publish_command(self, command: Command) -> None:
@@ -476,7 +524,11 @@ class PolicyNode(LifecycleNode):
             self._command_publishers[topic].publish(data)
 
     def _is_listened_to(self) -> bool:
-        return all(publisher.get_subscription_count() for publisher in self._command_publishers.values())
+        return not self._unheard()
+
+    def _unheard(self) -> list[str]:
+        """Command topics without a subscriber: in lockstep nothing is answered before all have one."""
+        return [p.topic_name for p in self._command_publishers.values() if not p.get_subscription_count()]
 
     def _publish_safe(self, stamp_ns: int, reason: str) -> None:
         """The contract's safe action: zero, or the last value, per entry."""
@@ -484,8 +536,8 @@ class PolicyNode(LifecycleNode):
         values = self.core.contract.safe_values(self._last_values)
         if values is not None:
             self._send(encode_frame(self.core.contract, stamp_ns, values, (stamp_ns, values[None])))
+            self.counts.safe_commands += 1
         self._planned_ns = -1
-        self.counts.safe_commands += 1
         self.faults.note(reason)
 
     def _publish_chunk(self, chunk: ActionChunk) -> None:
@@ -518,7 +570,7 @@ class PolicyNode(LifecycleNode):
         core = self.core
         if core is None:
             return
-        causes = [*self.faults.take(), *self._absent(core), self._type_conflict(core)]
+        causes = [*self.faults.take(), *self._waiting(core), self._type_conflict(core)]
         values = {
             "checkpoint": self._fingerprint, "active": self._active, "strategy": core.executor.execution.strategy,
             **self.counts.as_dict(), **percentiles("inference_ms", core.inference_ms),
@@ -534,13 +586,17 @@ class PolicyNode(LifecycleNode):
 
     def _time_of_sight(self, core: PolicyCore) -> int:
         """The instant that sensors are judged at; in lockstep time stands still between the ticks."""
-        return (core.buffer.newest_ns(self._pace) or 0) if self._synchronous else self._now_ns()
+        return (self._newest_tick_ns(core) or 0) if self._synchronous else self._now_ns()
 
-    def _absent(self, core: PolicyCore) -> list[str]:
+    def _waiting(self, core: PolicyCore) -> list[str]:
         """What an active policy waits for, also before anything came and after all of it fell silent."""
         if not self._active:
             return []
-        return core.builder.absent(core.buffer, self._time_of_sight(core))
+        if not self._synchronous and value(self, "use_sim_time") and self._now_ns() == 0:
+            return ["use_sim_time is true and time is 0: nothing was received on /clock"]
+        unheard = self._unheard() if self._synchronous else []
+        lost = core.builder.lost(core.buffer, self._time_of_sight(core))
+        return [*(f"waiting for a subscriber of {topic}" for topic in unheard), *lost]
 
     def _type_conflict(self, core: PolicyCore) -> str:
         """Name a topic that somebody publishes with another type: the middleware would only stay silent about it."""

@@ -16,7 +16,10 @@ MAX_FAULTS = 4  # named in one diagnostic message
 
 @dataclass
 class Counts:
-    """Since the node was made; ``late_ticks`` are control periods of more than one and a half times their length."""
+    """Since the node was made; ``late_ticks`` are control periods of more than one and a half times their length.
+
+    None is counted in simulated time, whose steps are those of who publishes it.
+    """
 
     commands: int = 0
     safe_commands: int = 0
@@ -58,7 +61,7 @@ def percentiles(name: str, samples: Sequence[float]) -> dict[str, float | None]:
 def sensor_values(core: PolicyCore, at_ns: int) -> dict[str, tuple[str, dict[str, float | int | str | None]]]:
     """Per stream: what is wrong with it (empty: nothing), and its rate, age, duplicates and losses."""
     out: dict[str, tuple[str, dict[str, float | int | str | None]]] = {}
-    lines = [*core.builder.absent(core.buffer, at_ns), *core.builder.masked(core.buffer, at_ns)]
+    lines = [*core.builder.lost(core.buffer, at_ns), *core.builder.masked(core.buffer, at_ns)]
     reasons = {line.split(" ")[0]: line for line in lines}
     for name, stream in core.builder.streams.items():
         statistics = core.buffer.statistics(name)

@@ -7,8 +7,9 @@ without one was cut short.
 
 Callbacks only queue bytes; a thread writes them. ``max_memory_mb`` bounds what waits: half of it in this node, half in
 the middleware's queues, whose depths follow from it. What was lost all the same, here or on the way, is counted by
-topic, on ``/diagnostics`` and in the bag (``dropped_messages`` of ``custom_data``). Below ``min_free_mb`` of free disk
-the episode ends as aborted, its bag whole, and no other begins.
+topic, on ``/diagnostics`` and in the bag (``dropped_messages`` of ``custom_data``); so is what has no stamp, or one of
+another clock, long before the episode. Below ``min_free_mb`` of free disk the episode ends as aborted, its bag whole,
+and no other begins.
 """
 
 from __future__ import annotations
@@ -217,6 +218,9 @@ class RecorderNode(Node):
             self._early.add(arrival, time.monotonic_ns())
         elif arrival.stamp_ns >= self._start_ns:
             self._write(arrival)
+        elif arrival.stamp_ns < self._start_ns - EARLY_NS:  # no straggler: no stamp at all, or one of another clock
+            self._recording.dropped[topic] += 1
+            self._dropped[topic] += 1
         return not ended
 
     def _write(self, arrival: Arrival, always: bool = False) -> None:

@@ -175,7 +175,7 @@ def test_shipped_recipes_load_and_round_trip(file: Path) -> None:
     ("overrides", "message"),
     [
         (["training.batchsize=3"], r"training\.batchsize: unknown key; choices: .*batch_size"),
-        (["model.head.type=guess"], r"model\.head\.type: found 'guess', expected one of diffusion, flow, mlp"),
+        (["model.head.type=guess"], r"model\.head\.type: found 'guess', expected one of chunker, diffusion, "),
         (["model.vision.pooling=max"], r"model\.vision\.pooling: expected one of average, spatial_softmax"),
         (["training.steps=0"], r"training\.steps: expected at least 1, found 0"),
         (["execution.steps=9"], r"execution\.steps: .*model\.horizon \(8\), found 9"),

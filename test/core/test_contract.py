@@ -124,3 +124,14 @@ def test_text_that_is_no_mapping_is_refused() -> None:
         with pytest.raises(VlaError) as caught:
             RobotContract.from_yaml(text, "robot.yaml")
         assert "robot.yaml" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("key", "other"), [("reliability", "reliable"), ("type", "sensor_msgs/msg/Imu")])
+def test_streams_of_one_topic_are_one_subscription(key: str, other: str) -> None:
+    """ROS 2 keeps QoS overrides by topic, and a topic has one type."""
+    arm = CONTRACT.observations["arm"]
+    both = {**CONTRACT.observations, "fingers": dataclasses.replace(arm, names=("f",), units=("m",))}
+    assert dataclasses.replace(CONTRACT, observations=both).observations["fingers"].topic == arm.topic
+    both["fingers"] = dataclasses.replace(arm, **{key: other})
+    with pytest.raises(VlaError, match=rf"observations.fingers.{key}: shares {arm.topic} with arm"):
+        dataclasses.replace(CONTRACT, observations=both)

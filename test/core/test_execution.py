@@ -319,6 +319,9 @@ def test_soft_mask_against_the_formula(case: tuple[int, int], data: Any) -> None
         c = (overlap - i) / (overlap - frozen + 1)
         expected = 1.0 if i < frozen else 0.0 if i >= overlap else c * (math.exp(c) - 1) / (math.e - 1)
         assert mask[i] == pytest.approx(expected)
+        straight = 1.0 if i < frozen else 0.0 if i >= overlap else c
+        assert soft_mask(rows, overlap, frozen, "linear")[i] == pytest.approx(straight)
+        assert soft_mask(rows, overlap, frozen, "ones")[i] == (i < max(overlap, frozen))
     assert (np.diff(mask) <= 0).all() and mask.min() >= 0 and mask.max() <= 1
 
 
@@ -336,6 +339,20 @@ def test_a_plan_is_continued_by_time(rows: int, later: int, frozen: int) -> None
         assert (found.weights[i] > 0) == covered[i]
         if covered[i]:
             assert found.actions[i, 1] == old.row(1000 + later + i * STEP_NS)
+
+
+@given(st.integers(2, 12), st.integers(1, 100), st.integers(0, 15), st.integers(1, 15))
+def test_a_short_soft_mask_leaves_the_later_rows_free(rows: int, later: int, frozen: int, guided: int) -> None:
+    old = chunk(1000, rows)
+    whole, short = (continuation(old, 1000 + later, frozen, 5.0, 1.0, steps) for steps in (None, guided))
+    if whole is None:
+        assert short is None
+        return
+    assert short is not None and short.frozen == whole.frozen
+    reach = min(int((whole.weights > 0).sum()), whole.frozen + guided)
+    assert ((short.weights > 0) == (np.arange(rows) < reach)).all()
+    assert (short.weights <= whole.weights + 1e-12).all()
+    np.testing.assert_array_equal(short.actions, whole.actions)
 
 
 def test_an_observation_that_is_not_newer_continues_nothing() -> None:

@@ -28,6 +28,7 @@ from vla_core.evaluation.latency_bench import (
     run_trial,
 )
 from vla_core.evaluation.metrics import mean_interval, roughness
+from vla_core.model.tokens import present
 from vla_core.runtime.execution import Execution
 
 RTC = Execution(strategy="rtc", steps=10)
@@ -54,7 +55,7 @@ def test_samples_have_the_mixture_s_means_and_spread(kind: HeadKind) -> None:
     position = np.array([-1.0, 0.05])
     context = context_for(position).expand(400, -1)
     with torch.no_grad():
-        chunks = head.predict(context, torch.Generator().manual_seed(0)).numpy()
+        chunks = head.predict(present(context), torch.Generator().manual_seed(0)).numpy()
     ways = np.stack([plan(position, 1), plan(position, -1)])
     nearest = ((chunks[:, None] - ways) ** 2).mean((2, 3)).argmin(1)
     # exp(8 * 0.05) to 1 for the upper way

@@ -79,4 +79,10 @@ def test_markers_and_path_of_a_chunk(ros: Ros, boxed: RobotContract, tmp_path: A
     np.testing.assert_allclose(shown, [(0.1 + 0.01 * k, 0.6, 0.2) for k in (1, 2, 3, 4)], atol=1e-9)
     assert [p.header.stamp.nanosec for p in path.poses] == [k * 12_500_000 for k in range(4)]
     newest, older = markers[-1].markers
+    chunk.names, chunk.horizon = [*boxed.action_names[::-1]], 1  # a policy that lists its actions in another order
+    chunk.actions = [0.0, 0.0, 0.0, 0.8]
+    shown_before = len(paths)
+    ros.spin_until(lambda: sent() and len(paths[-1].poses) == 1, "the other order")
+    assert len(paths) > shown_before
+    np.testing.assert_allclose(paths[-1].poses[0].pose.position.x, 0.11, atol=1e-9)
     assert (newest.id, older.id) == (0, 1) and newest.color.a == 1.0 and older.color.a == 0.5

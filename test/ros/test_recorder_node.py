@@ -356,3 +356,21 @@ def test_full_queues_stay_within_their_share(types: list[str], megabytes: int) -
 def test_too_little_memory_is_named_with_what_is_needed(ros: Ros, tmp_path: Path) -> None:
     with pytest.raises(VlaError, match=r"need queues of \d+ MB, and there are 10; raise max_memory_mb"):
         make_recorder(ros, tmp_path / "bags", max_memory_mb=20)
+
+
+def test_what_has_no_stamp_is_counted_as_lost(ros: Ros, contract: RobotContract, tmp_path: Path) -> None:
+    """A driver that leaves the stamp at 0: none of it can lie in an episode, and that must not pass unnoticed."""
+    recorder = make_recorder(ros, tmp_path / "bags", streams=["hand", "instruction"])
+    source = Source(ros, contract)
+    start_ns = 10**12
+    source.mark(Episode.START, start_ns, 0)
+    source.send(start_ns)
+    source.send(start_ns - STEP_NS)  # a straggler of before is no loss
+    hand = contract.observations["hand"]
+    for _ in range(5):
+        source.hand.publish(messages.joint_state(0, hand.names, "position", np.zeros(4)))
+    ros.spin_until(lambda: recorder._dropped[hand.topic] == 5, "five losses")
+    source.mark(Episode.SUCCEEDED, start_ns, 0)
+    ros.spin_until(lambda: recorder.bags, "the bag")
+    info = bags.info(recorder.bags[0])
+    assert info.counts[hand.topic] == 1 and json.loads(info.metadata["dropped_messages"]) == {hand.topic: 5}

@@ -25,6 +25,7 @@ from vla_core.model.action_head.base import ActionHeadBase
 from vla_core.model.action_head.diffusion_action_head import DiffusionActionHead, DiffusionHeadConfig
 from vla_core.model.action_head.flow_action_head import FlowActionHead, FlowHeadConfig
 from vla_core.model.action_head.guidance import ChunkPrefix
+from vla_core.model.tokens import Tokens, masked_mean, present
 from vla_core.runtime.chunk import ActionChunk, Continuation
 from vla_core.runtime.chunk_executor import ChunkExecutor
 from vla_core.runtime.execution import STRATEGIES, Execution
@@ -60,6 +61,10 @@ class MixtureDenoiser(nn.Module):
         self.variances = torch.from_numpy(np.maximum(variances, 0.0)).float()  # (H,)
         self.basis = torch.from_numpy(basis).float()  # (H, H), columns
         self.levels, self.velocity = levels, velocity
+
+    def remember(self, context: Tokens) -> Tensor:
+        """The one token that the context is."""
+        return masked_mean(context)
 
     def forward(self, x_t: Tensor, t: Tensor, context: Tensor) -> Tensor:
         """``x_t`` (B, H, A), ``t`` (B,), ``context`` (B, 2 H A + 2): the velocity, or the clean chunk."""
@@ -183,7 +188,7 @@ def _sample(head: ActionHeadBase, position: np.ndarray, now_ns: int, continues: 
             actions=torch.from_numpy(continues.actions).float(), weights=torch.from_numpy(continues.weights).float(),
             frozen=continues.frozen, max_guidance=continues.max_guidance,
         )  # fmt: skip
-    chunk = head.predict(context_for(position), torch.Generator().manual_seed(noise), prefix)[0]
+    chunk = head.predict(present(context_for(position)), torch.Generator().manual_seed(noise), prefix)[0]
     return ActionChunk(now_ns, STEP_NS, chunk.numpy().astype(np.float64), continues)
 
 

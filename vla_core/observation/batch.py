@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -79,14 +79,10 @@ def collate(
     )
     if spec is None or not spec.extras:
         return inputs
-
-    def rows(name: str, found: Callable[[Observation], tuple[np.ndarray, np.ndarray] | None]) -> Masked:
-        return _rows(name, [found(o) for o in observations], normalizer)
-
     return dataclasses.replace(
         inputs,
-        clouds={name: rows(name, lambda o, n=name: _cloud(o, n)) for name in spec.clouds},
-        sequences={name: rows(name, lambda o, n=name: _sequence(o, n)) for name in spec.sequences},
+        clouds={name: _rows(name, [_cloud(o, name) for o in observations], normalizer) for name in spec.clouds},
+        sequences={name: _rows(name, [_window(o, name) for o in observations], normalizer) for name in spec.sequences},
         maps={name: _maps(name, [o.maps.get(name) for o in observations], normalizer) for name in spec.maps},
         intrinsics={name: _intrinsics([o.calibrations.get(name) for o in observations]) for name in spec.calibrations},
         history=_history(observations, normalizer, tokenizer, spec),
@@ -120,7 +116,7 @@ def _cloud(observation: Observation, name: str) -> tuple[np.ndarray, np.ndarray]
     return None if points is None else (points, np.ones(len(points), dtype=bool))
 
 
-def _sequence(observation: Observation, name: str) -> tuple[np.ndarray, np.ndarray] | None:
+def _window(observation: Observation, name: str) -> tuple[np.ndarray, np.ndarray] | None:
     window = observation.sequences.get(name)
     return None if window is None else (window.values, window.mask)
 

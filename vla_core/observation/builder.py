@@ -21,7 +21,7 @@ from vla_core.observation.ego_motion import decode_pose, interpolate_pose, move,
 from vla_core.observation.image import resize
 from vla_core.observation.memory_buffer import DEFAULT_MAX_BYTES, DEFAULT_MAX_MESSAGES, MemoryBuffer
 from vla_core.observation.point_cloud import subsample
-from vla_core.observation.sampling import Picked, ahead_ns, behind_ns, bracket, pick, reach_ns
+from vla_core.observation.sampling import Picked, ahead_ns, behind_ns, bracket, newest, pick, reach_ns
 from vla_core.observation.spec import CloudSpec as CloudSpec
 from vla_core.observation.spec import ImageSize as ImageSize
 from vla_core.observation.spec import ObservationSpec as ObservationSpec
@@ -164,6 +164,19 @@ class ObservationBuilder:
     def absent(self, buffer: MemoryBuffer, at_ns: int) -> list[str]:
         """One line per stream for which the observation at ``at_ns`` is refused; decodes nothing."""
         return self._pick(buffer, at_ns)[1]
+
+    def lost(self, buffer: MemoryBuffer, at_ns: int) -> list[str]:
+        """One line per stream that may not be missing and whose newest message at ``at_ns`` is older than its limit.
+
+        Between ticks this is what may end a plan: how close to a *tick* a message must be (``tolerance_s``) says
+        nothing about the instants in between.
+        """
+        lines = []
+        for name, stream in self.streams.items():
+            found = newest(buffer, name, stream, at_ns)
+            if stream.missing == "refuse" and isinstance(found, str):
+                lines.append(f"{name} ({stream.topic}): {found}")
+        return lines
 
     def masked(self, buffer: MemoryBuffer, at_ns: int) -> list[str]:
         """One line per stream that is masked at ``at_ns`` since it is missing or stale; decodes nothing."""

@@ -96,8 +96,8 @@ class Normalizer:
         fixed = {**{column: (0.0, 1.0) for column in COORDINATES}, **declared}
         open_ = [column for column in columns if column not in fixed]
         if open_ and name not in self.statistics:
-            raise StatisticsError(f"no statistics for {name!r}; the checkpoint has: {choices(self.statistics)}; declare "
-                                  f"the center and scale of {choices(open_)} in normalization.streams.{name}")  # fmt: skip
+            raise StatisticsError(f"no statistics for {name!r}; the checkpoint has: {choices(self.statistics)}; or "
+                                  f"declare the scale of {choices(open_)} in normalization.streams.{name}")  # fmt: skip
         if not open_:
             return np.array([fixed[c][0] for c in columns]), np.array([fixed[c][1] for c in columns])
         mean, std = self._fit(name, "mean_std")

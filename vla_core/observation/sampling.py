@@ -32,8 +32,12 @@ def pick(buffer: MemoryBuffer, name: str, stream: Stream, at_ns: int, until_ns: 
         return _nearest(buffer, name, stream, at_ns, until_ns)
     if stream.sampling == "interpolate":
         return bracket(buffer, name, stream, at_ns, until_ns)
-    held = buffer.sample(name, at_ns)
-    return _held(held, at_ns, stream.max_age_ns, stream.max_age_s)
+    return newest(buffer, name, stream, at_ns)
+
+
+def newest(buffer: MemoryBuffer, name: str, stream: Stream, at_ns: int) -> Picked | str:
+    """The newest message not after ``at_ns``, or why there is none: nothing came, or it is older than ``max_age_s``."""
+    return _held(buffer.sample(name, at_ns), at_ns, stream.max_age_ns, stream.max_age_s)
 
 
 def reach_ns(stream: Stream) -> int:

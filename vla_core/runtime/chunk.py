@@ -51,15 +51,15 @@ class ActionChunk:
         return 0 <= self.row(at_ns) < len(self.actions)
 
 
-def soft_mask(rows: int, overlap: int, frozen: int) -> np.ndarray:
-    """RTC's weights (rows,): 1 where frozen, then falling exponentially to 0 at the end of the overlap.
+def soft_mask(rows: int, overlap: int, frozen: int, shape: str = "exponential") -> np.ndarray:
+    """RTC's weights (rows,): 1 where frozen, then falling to 0 at the end of the overlap.
 
     Black, Galliker and Levine 2025, eq. 5, with d = ``frozen`` and H - s = ``overlap``: the rows that the old chunk
-    covers.
+    covers. ``linear`` is their c_i itself, ``ones`` does not fall.
     """
     i = np.arange(rows)
     c = (overlap - i) / (overlap - frozen + 1)
-    falling = c * np.expm1(c) / np.expm1(1.0)
+    falling = {"exponential": c * np.expm1(c) / np.expm1(1.0), "linear": c, "ones": np.ones(rows)}[shape]
     return np.where(i >= overlap, 0.0, np.where(i < frozen, 1.0, falling))
 
 
@@ -70,12 +70,13 @@ def continuation(
     max_guidance: float,
     spread: float = 1.0,
     guided_steps: int | None = None,
+    shape: str = "exponential",
 ) -> Continuation | None:
     """Place ``old`` on the rows of a chunk observed at ``stamp_ns``, by time; None when it covers none of them.
 
     Row i of the new chunk gets the old row that would be commanded at its start. ``frozen`` is held to the overlap:
     what lies beyond the old chunk's end was never planned. ``guided_steps`` is how many rows after the frozen ones have
-    a weight at all; None is all that there are.
+    a weight at all, None is all that there are; ``shape`` is how the weights fall (:func:`soft_mask`).
     """
     count = len(old.actions)
     first = old.row(stamp_ns)
@@ -85,4 +86,4 @@ def continuation(
     frozen = min(frozen, overlap)
     rows = np.minimum(first + np.arange(count), count - 1)
     reach = overlap if guided_steps is None else min(overlap, frozen + guided_steps)
-    return Continuation(old.actions[rows], soft_mask(count, reach, frozen), frozen, max_guidance, spread)
+    return Continuation(old.actions[rows], soft_mask(count, reach, frozen, shape), frozen, max_guidance, spread)

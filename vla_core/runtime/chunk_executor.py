@@ -107,7 +107,7 @@ class ChunkExecutor:
             execution = self.execution
             return continuation(
                 self._held[-1].chunk, stamp_ns, self.expected_delay_steps, execution.max_guidance, execution.spread,
-                execution.guided_steps,
+                execution.guided_steps, execution.soft_mask,
             )  # fmt: skip
 
     def action(self, at_ns: int) -> tuple[np.ndarray, ActionChunk] | None:

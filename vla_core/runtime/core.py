@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -52,6 +53,8 @@ class PolicyCore:
             execution.check(policy.checkpoint.config.model.horizon, policy.checkpoint.config.model.head)
         self.metrics = ExecutionMetrics(self._low, self._high)
         self.executor = ChunkExecutor(execution or policy.checkpoint.config.execution, self.metrics)
+        self._plans = 0  # counts up when plans are dropped: a chunk that was begun before is not executed
+        self._lock = threading.Lock()
 
     def add(self, name: str, data: bytes, receive_ns: int) -> int:
         """Store a message of stream ``name``; returns its stamp: the header's, or ``receive_ns`` without one."""
@@ -63,7 +66,22 @@ class PolicyCore:
     def start_episode(self, stamp_ns: int) -> None:
         """Forget the past: what was seen before ``stamp_ns`` and what was planned from it."""
         self.buffer.start_episode(stamp_ns)
-        self.executor.start_episode(stamp_ns)
+        self._replan(stamp_ns)
+
+    def drop_plan(self, seen_ns: int = -1) -> None:
+        """Execute nothing more of what is planned or being computed, nor of any observation up to ``seen_ns``."""
+        self._replan(seen_ns + 1)
+        self.executor.clear()
+
+    def forget(self) -> None:
+        """The clock jumped: forget what was seen and planned, and what is being computed from it."""
+        self.buffer.clear()
+        self.drop_plan()
+
+    def _replan(self, from_ns: int) -> None:
+        with self._lock:
+            self._plans += 1
+            self.executor.start_episode(from_ns)
 
     def predict(self, at_ns: int, continues: Continuation | None = None) -> ActionChunk:
         """Observe at ``at_ns`` and predict, executing nothing; raises ``Unobserved`` when a stream is missing or stale.
@@ -85,8 +103,11 @@ class PolicyCore:
         ``arrival`` tells, once the chunk is there, from when on it may be executed, such as the clock's now. Without
         it time stands still while the model thinks: lockstep.
         """
+        plans = self._plans
         chunk = self.predict(at_ns, self.executor.continuation(at_ns))
-        self.executor.push(chunk, None if arrival is None else arrival())
+        with self._lock:
+            if plans == self._plans:
+                self.executor.push(chunk, None if arrival is None else arrival())
         return chunk
 
     def command(self, at_ns: int) -> Command | None:

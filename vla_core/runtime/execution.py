@@ -10,6 +10,7 @@ from vla_core.config import ConfigError, from_dict, to_dict
 from vla_core.errors import choices
 
 Strategy = Literal["receding", "ensemble", "blend", "rtc"]
+SoftMask = Literal["exponential", "linear", "ones"]
 STRATEGIES: tuple[str, ...] = get_args(Strategy)
 
 
@@ -29,8 +30,10 @@ class Execution:
     ``max_guidance``         bound on RTC's guidance weight, the paper's beta
     ``spread``               standard deviation that RTC takes the normalized actions of one observation to have; 1 is
                              the paper's, a smaller one holds a policy that is sure of itself closer to the old plan
-    ``guided_steps``         RTC's soft mask ends this many rows after the frozen ones; None guides all rows that the old
-                             plan has (the paper's choice), a few rows leave the later ones free to correct it
+    ``soft_mask``            how RTC's weights fall from 1 after the frozen rows to 0 at the end of the old plan:
+                             ``exponential`` (the paper's), ``linear``, or not at all (``ones``)
+    ``guided_steps``         RTC's soft mask ends this many rows after the frozen ones; None guides all rows that the
+                             old plan has (the paper's choice), a few rows leave the later ones free to correct it
     ``delay_window``         RTC expects the longest delay of this many last chunks
     ``initial_delay_steps``  the delay that RTC expects before it has measured one
     """
@@ -41,6 +44,7 @@ class Execution:
     blend_steps: int = 4
     max_guidance: float = 5.0
     spread: float = 1.0
+    soft_mask: SoftMask = "exponential"
     guided_steps: int | None = None
     delay_window: int = 10
     initial_delay_steps: int = 0

@@ -18,6 +18,7 @@ from vla_core.model.action_head.diffusion_action_head import DiffusionHeadConfig
 from vla_core.model.action_head.flow_action_head import FlowActionHead, FlowHeadConfig
 from vla_core.model.action_head.guidance import ChunkPrefix, guidance_scale, guide
 from vla_core.model.action_head.mlp_action_head import MLPHeadConfig
+from vla_core.model.tokens import Tokens, present
 
 H, A = 6, 2
 GUIDABLE = [
@@ -25,12 +26,29 @@ GUIDABLE = [
     DiffusionHeadConfig(hidden_dim=16, prediction="epsilon", sampler="ddim", clip_sample=None),
     DiffusionHeadConfig(hidden_dim=16, prediction="sample", sampler="ddim"),
     DiffusionHeadConfig(hidden_dim=16, prediction="sample", sampler="ddpm"),
+    DiffusionHeadConfig(hidden_dim=16, prediction="v"),
+    FlowHeadConfig(denoiser="transformer", hidden_dim=16, inference_steps=5),
+    DiffusionHeadConfig(denoiser="transformer", hidden_dim=16, inference_steps=5, prediction="sample"),
+    FlowHeadConfig(hidden_dim=16, inference_steps=5, context_drop=0.1, guidance_scale=2.0),
 ]
 
 
 def build(config: Any) -> ActionHeadBase:
+    """A head with weights of its own everywhere: a transformer's gates begin at 0, behind which it ignores most."""
     torch.manual_seed(0)
-    return build_action_head(config, horizon=H, action_dim=A, context_dim=8)
+    head = build_action_head(config, horizon=H, action_dim=A, context_dim=8)
+    if getattr(config, "denoiser", "mlp") == "transformer":
+        for parameter in head.parameters():
+            nn.init.normal_(parameter, std=0.2)
+    return head
+
+
+def tokens(batch: int) -> Tokens:
+    """Three tokens, of which the last row lacks one."""
+    values = torch.randn((batch, 3, 8), generator=seeded(3))
+    mask = torch.ones(batch, 3, dtype=torch.bool)
+    mask[-1, 1] = False
+    return Tokens(values, mask)
 
 
 def prefix(weights: list[float], frozen: int = 0, max_guidance: float = 5.0, actions: Tensor | None = None) -> Any:
@@ -51,7 +69,10 @@ class GaussianVelocity(nn.Module):
         super().__init__()
         self.mean, self.spread = mean, spread
 
-    def forward(self, x_t: Tensor, t: Tensor, context: Tensor) -> Tensor:
+    def remember(self, context: Tokens) -> None:
+        """The context says nothing."""
+
+    def forward(self, x_t: Tensor, t: Tensor, memory: None) -> Tensor:
         t = t[:, None, None]
         residual = (x_t - (1 - t) * self.mean) / (t**2 + (1 - t) ** 2 * self.spread**2)
         return t * residual - (self.mean + (1 - t) * self.spread**2 * residual)
@@ -62,7 +83,7 @@ def test_euler_steps_follow_the_exact_flow_of_a_gaussian() -> None:
     head = FlowActionHead(FlowHeadConfig(inference_steps=2000), horizon=H, action_dim=A, context_dim=8)
     head.denoiser = GaussianVelocity(0.3, 0.5)  # type: ignore[assignment]
     with torch.no_grad():
-        chunk = head.predict(torch.zeros(50, 8), seeded())
+        chunk = head.predict(present(torch.zeros(50, 8)), seeded())
     noise = torch.randn((50, H, A), generator=seeded())
     torch.testing.assert_close(chunk, 0.3 + 0.5 * noise, atol=5e-3, rtol=0)
 
@@ -72,7 +93,7 @@ def test_one_euler_step_is_the_mean() -> None:
     head = FlowActionHead(FlowHeadConfig(inference_steps=1), horizon=H, action_dim=A, context_dim=8)
     head.denoiser = GaussianVelocity(0.3, 0.5)  # type: ignore[assignment]
     with torch.no_grad():
-        torch.testing.assert_close(head.predict(torch.zeros(4, 8), seeded()), torch.full((4, H, A), 0.3))
+        torch.testing.assert_close(head.predict(present(torch.zeros(4, 8)), seeded()), torch.full((4, H, A), 0.3))
 
 
 def test_the_least_loss_is_that_of_the_exact_velocity() -> None:
@@ -81,7 +102,7 @@ def test_the_least_loss_is_that_of_the_exact_velocity() -> None:
     head = FlowActionHead(FlowHeadConfig(), horizon=H, action_dim=A, context_dim=8)
     head.denoiser = GaussianVelocity(0.3, spread)  # type: ignore[assignment]
     actions = 0.3 + spread * torch.randn((40_000, H, A), generator=seeded(1))
-    loss = head.loss(torch.zeros(40_000, 8), actions, torch.ones(40_000, H, dtype=torch.bool), seeded(2))
+    loss = head.loss(present(torch.zeros(40_000, 8)), actions, torch.ones(40_000, H, dtype=torch.bool), seeded(2))
     # Var(epsilon - a | x_t) = 1 + s^2 - (t - (1 - t) s^2)^2 / (t^2 + (1 - t)^2 s^2) at t = 0.999 b + 0.001, where b has
     # the density 1.5 sqrt(b) of Beta(1.5, 1).
     b = (torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000
@@ -150,10 +171,28 @@ def test_the_product_is_the_transposed_jacobian() -> None:
     torch.testing.assert_close(guide(estimate, x, 0.5, 0.5, target), expected)
 
 
+def test_a_transformer_is_guided_by_its_own_jacobian() -> None:
+    """One Euler step is clean + beta J^T W (y - clean) at the noise, with J by another differentiation."""
+    head: Any = build(FlowHeadConfig(denoiser="transformer", hidden_dim=16, inference_steps=1))
+    weights, context = torch.tensor([1.0, 0.8, 0.5, 0.2, 0.0, 0.0]), tokens(1)
+    x, memory = torch.randn((1, H, A), generator=seeded()), head.denoiser.remember(context)
+
+    def clean(x: Tensor) -> Tensor:
+        return x - head.denoiser(x, torch.ones(1), memory)
+
+    jacobian = torch.autograd.functional.jacobian(lambda x: clean(x).flatten(), x).view(H * A, H * A)
+    target = prefix(weights.tolist(), max_guidance=2.0)
+    error = (weights[:, None] * (target.actions - clean(x)[0])).flatten()
+    expected = clean(x) + 2.0 * (jacobian.T @ error).view(1, H, A)
+    assert (jacobian.view(H, A, H, A).abs().amax(dim=(1, 3)) > 0).all(), "each step depends on each"
+    with torch.no_grad():
+        torch.testing.assert_close(head.predict(context, seeded(), target), expected, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("config", GUIDABLE)
 def test_weights_of_zero_change_no_bit(config: Any) -> None:
     head = build(config)
-    context = torch.randn(3, 8)
+    context = tokens(3)
     with torch.no_grad():
         free = head.predict(context, seeded())
         guided = head.predict(context, seeded(), prefix([0.0] * H))
@@ -169,7 +208,7 @@ def test_frozen_rows_are_the_old_ones(config: Any, frozen: int, seed: int) -> No
     actions = torch.rand((H, A), generator=seeded(seed)) * 2 - 1
     weights = [1.0] * frozen + [0.3] * (H - frozen)
     with torch.no_grad():
-        chunk = head.predict(torch.randn(2, 8), seeded(seed), prefix(weights, frozen, actions=actions))
+        chunk = head.predict(tokens(2), seeded(seed), prefix(weights, frozen, actions=actions))
     assert (chunk[:, :frozen] - actions[:frozen]).abs().max().item() <= 1e-6 if frozen else True
     assert not chunk.requires_grad
 
@@ -180,8 +219,8 @@ def test_guidance_brings_a_chunk_closer_to_the_plan_and_leaves_the_rest_to_the_m
     head.denoiser = GaussianVelocity(0.0, 1.0)  # type: ignore[assignment]
     target = prefix([1.0, 1.0, 1.0, 0.5, 0.0, 0.0], max_guidance=1e9)
     with torch.no_grad():
-        free = head.predict(torch.zeros(64, 8), seeded())
-        guided = head.predict(torch.zeros(64, 8), seeded(), target)
+        free = head.predict(present(torch.zeros(64, 8)), seeded())
+        guided = head.predict(present(torch.zeros(64, 8)), seeded(), target)
     torch.testing.assert_close(guided[:, 4:], free[:, 4:])
     assert (guided[:, :3] - target.actions[:3]).abs().max() < 1e-3
     before = (free[:, 3] - target.actions[3]).abs().mean()
@@ -197,4 +236,4 @@ def test_heads_that_cannot_be_guided_say_so() -> None:
         (seed_sampler, "choices: ddim, ddpm"),
     ):
         with pytest.raises(VlaError, match=message):
-            build(config).predict(torch.zeros(1, 8), None, prefix([0.0] * H))
+            build(config).predict(tokens(1), None, prefix([0.0] * H))

@@ -144,3 +144,11 @@ def test_sampling_with_a_perfect_denoiser_recovers_the_distribution(sampler: str
         x = step(x, x0, t, t - 1, noise)
     assert x.mean().item() == pytest.approx(mean, abs=0.02)
     assert x.std().item() == pytest.approx(deviation, abs=0.02)
+
+
+def test_the_schedule_stays_exact_when_the_weights_become_bfloat16() -> None:
+    exact, head = NoiseSchedule("cosine", 50), torch.nn.Sequential(NoiseSchedule("cosine", 50), torch.nn.Linear(2, 2))
+    moved = head.to(torch.bfloat16)[0]
+    assert head[1].weight.dtype == torch.bfloat16 and moved.alpha_bar.dtype == torch.float32
+    assert torch.equal(moved.alpha_bar, exact.alpha_bar) and torch.equal(moved.betas, exact.betas)
+    assert head.to("meta")[0].alpha_bar.device.type == "meta"

@@ -8,15 +8,17 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from vla_core.config import ConfigError
-from vla_core.errors import VlaError
 from vla_core.model.action_head.base import (
     ActionHeadBase,
+    blanked,
     masked_mean,
     mlp,
     register_action_head,
+    widened,
 )
 from vla_core.model.action_head.guidance import ChunkPrefix
+from vla_core.model.checks import at_least_one
+from vla_core.model.tokens import Tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,13 +30,14 @@ class MLPHeadConfig:
     layers: int = 2
 
     def __post_init__(self) -> None:
-        if self.layers < 1:
-            raise ConfigError(f"layers: expected at least 1, found {self.layers}")
+        at_least_one(self, "hidden_dim", "layers")
 
 
 @register_action_head("mlp")
 class MLPActionHead(ActionHeadBase):
-    """An MLP from the context to the whole chunk, trained with the absolute error."""
+    """An MLP from the mean token to the whole chunk, trained with the absolute error."""
+
+    Config = MLPHeadConfig
 
     def __init__(self, config: MLPHeadConfig, *, horizon: int, action_dim: int, context_dim: int) -> None:
         super().__init__(config, horizon=horizon, action_dim=action_dim, context_dim=context_dim)
@@ -42,17 +45,16 @@ class MLPActionHead(ActionHeadBase):
 
     def loss(
         self,
-        context: Tensor,
+        context: Tokens,
         actions: Tensor,
         mask: Tensor,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        return masked_mean((self.predict(context) - actions).abs(), mask)
+        return masked_mean((self.predict(context) - blanked(actions, mask)).abs(), mask)
 
     def predict(
-        self, context: Tensor, generator: torch.Generator | None = None, prefix: ChunkPrefix | None = None
+        self, context: Tokens, generator: torch.Generator | None = None, prefix: ChunkPrefix | None = None
     ) -> Tensor:
-        if prefix is not None:
-            raise VlaError("the head 'mlp' samples nothing that could be guided; choices: diffusion, flow")
-        chunk: Tensor = self.net(context)
+        self.refuse(prefix)
+        chunk = widened(self.net(self.pooled(context)))
         return chunk.view(-1, self.horizon, self.action_dim)

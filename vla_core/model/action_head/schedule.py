@@ -8,6 +8,7 @@ the share of the signal's variance that is left; abar at t = -1 is 1, the clean 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -55,7 +56,7 @@ class NoiseSchedule(nn.Module):
     """A schedule's constants, and the arithmetic on them.
 
     Samples are (B, …) float; ``t`` is (B,) int64. The buffers follow from the config and are thus
-    not stored with the weights.
+    not stored with the weights; they stay float32 when those become bfloat16, which has two digits.
     """
 
     betas: Tensor
@@ -67,6 +68,10 @@ class NoiseSchedule(nn.Module):
         self.register_buffer("betas", betas.float(), persistent=False)
         self.register_buffer("alpha_bar", torch.cumprod(1.0 - betas, dim=0).float(), persistent=False)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NoiseSchedule:
+        """What ``to`` and ``cuda`` do to buffers: they move, and keep their type."""
+        return super()._apply(lambda buffer: buffer.to(fn(buffer).device), recurse)
+
     def add_noise(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """Return x_t."""
         abar = _like(self.alpha_bar[t], x0)
@@ -76,6 +81,16 @@ class NoiseSchedule(nn.Module):
         """Return x_0, solved from x_t and the noise in it."""
         abar = _like(self.alpha_bar[t], x_t)
         return (x_t - (1.0 - abar).sqrt() * epsilon) / abar.sqrt()
+
+    def velocity(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """Return v = sqrt(abar_t) epsilon - sqrt(1 - abar_t) x_0, of Salimans & Ho 2022, appendix D."""
+        abar = _like(self.alpha_bar[t], x0)
+        return abar.sqrt() * noise - (1.0 - abar).sqrt() * x0
+
+    def sample_from_velocity(self, x_t: Tensor, t: Tensor, velocity: Tensor) -> Tensor:
+        """Return x_0, solved from x_t and its v."""
+        abar = _like(self.alpha_bar[t], x_t)
+        return abar.sqrt() * x_t - (1.0 - abar).sqrt() * velocity
 
     def epsilon_from_sample(self, x_t: Tensor, t: Tensor, x0: Tensor) -> Tensor:
         """Return the noise, solved from x_t and the clean sample in it."""

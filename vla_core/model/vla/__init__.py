@@ -6,3 +6,9 @@ from vla_core.model.vla.base import build_model as build_model
 from vla_core.model.vla.mini_vla import MiniVLA as MiniVLA
 from vla_core.model.vla.mini_vla import MiniVLAConfig as MiniVLAConfig
 from vla_core.model.vla.mini_vla import MiniVLARecipe as MiniVLARecipe
+from vla_core.model.vla.multi_sensor_vla import MultiSensorConfig as MultiSensorConfig
+from vla_core.model.vla.multi_sensor_vla import MultiSensorRecipe as MultiSensorRecipe
+from vla_core.model.vla.multi_sensor_vla import MultiSensorVLA as MultiSensorVLA
+from vla_core.model.vla.vla_model import VLAConfig as VLAConfig
+from vla_core.model.vla.vla_model import VLAModel as VLAModel
+from vla_core.model.vla.vla_model import VLARecipe as VLARecipe

@@ -8,21 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from vla_core.config import ConfigError
 from vla_core.errors import VlaError, choices
-from vla_core.model.action_head.base import build_action_head
+from vla_core.model.action_head.base import ACTION_HEAD_REGISTRY, build_action_head, check_head
 from vla_core.model.action_head.diffusion_action_head import DiffusionHeadConfig
-from vla_core.model.action_head.flow_action_head import FlowHeadConfig
 from vla_core.model.action_head.guidance import ChunkPrefix
-from vla_core.model.action_head.mlp_action_head import MLPHeadConfig
 from vla_core.model.fusion.sensor_fusion import FusionMLP
 from vla_core.model.inputs import ModelInputs
 from vla_core.model.sensor.state_encoder import StateEncoderMLP
+from vla_core.model.tokens import present
 from vla_core.model.vla.base import MODEL_REGISTRY, PolicyModel
 from vla_core.model.vlm.text_encoder import TextEncoderTinyGRU, WordTokenizer
 from vla_core.model.vlm.vision_encoder import ImageEncoderTinyCNN, TinyCNNConfig
@@ -40,9 +39,10 @@ class MiniVLAConfig:
     vocab_size: int
     d_model: int = 128
     vision: TinyCNNConfig = field(default_factory=TinyCNNConfig)
-    head: DiffusionHeadConfig | FlowHeadConfig | MLPHeadConfig = field(default_factory=DiffusionHeadConfig)
+    head: Annotated[Any, ACTION_HEAD_REGISTRY] = field(default_factory=DiffusionHeadConfig)
 
     def __post_init__(self) -> None:
+        check_head(self.head)
         for name in ("state_dim", "action_dim", "horizon"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: expected at least 1, found {getattr(self, name)}")
@@ -62,9 +62,10 @@ class MiniVLARecipe:
     horizon: int = 8
     d_model: int = 128
     vision: TinyCNNConfig = field(default_factory=TinyCNNConfig)
-    head: DiffusionHeadConfig | FlowHeadConfig | MLPHeadConfig = field(default_factory=DiffusionHeadConfig)
+    head: Annotated[Any, ACTION_HEAD_REGISTRY] = field(default_factory=DiffusionHeadConfig)
 
     def __post_init__(self) -> None:
+        check_head(self.head)
         if self.horizon < 1:
             raise ConfigError(f"horizon: expected at least 1, found {self.horizon}")
         if self.vision.d_model != self.d_model:
@@ -128,14 +129,14 @@ class MiniVLA(PolicyModel):
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """Return the head's scalar loss for ``actions`` (B, H, A) where ``mask`` (B, H) is True."""
-        return self.head.loss(self.encode(inputs), actions, mask, generator)
+        return self.head.loss(present(self.encode(inputs)), actions, mask, generator)
 
     @torch.no_grad()
     def predict(
         self, inputs: ModelInputs, generator: torch.Generator | None = None, prefix: ChunkPrefix | None = None
     ) -> Tensor:
         """Return the chunk (B, H, A) in normalized action units, continuing ``prefix`` where one is given."""
-        return self.head.predict(self.encode(inputs), generator, prefix)
+        return self.head.predict(present(self.encode(inputs)), generator, prefix)
 
     def _check_cameras(self, inputs: ModelInputs) -> None:
         missing = [name for name in self.config.cameras if name not in inputs.images or name not in inputs.image_mask]

@@ -49,5 +49,5 @@ def check_images(config: Any, spec: ObservationSpec) -> None:
     expected = getattr(getattr(config, "vision", None), "size", None)
     for name, image in spec.images.items():
         if expected is not None and (image.height, image.width) != tuple(expected):
-            raise ConfigError(f"observation.images.{name}: {image.height}x{image.width} pixels, model.vision.image_size "
-                              f"is {expected[0]}x{expected[1]}; make them equal")  # fmt: skip
+            raise ConfigError(f"observation.images.{name}: {image.height}x{image.width} pixels, "
+                              f"model.vision.image_size is {expected[0]}x{expected[1]}; make them equal")  # fmt: skip

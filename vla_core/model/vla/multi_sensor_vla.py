@@ -1,0 +1,248 @@
+"""The model of vehicles and machines with many sensors: cameras, clouds, IMU and a bird's eye view, fused.
+
+Shapes: B batch, K cameras, C columns, D width of the language model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from vla_core.config import ConfigError
+from vla_core.errors import VlaError, choices
+from vla_core.model.fusion.sensor_fusion import FUSION_REGISTRY, CrossModalConfig, build_fusion
+from vla_core.model.inputs import Masked, ModelInputs
+from vla_core.model.sensor import SENSOR_REGISTRY, build_sensor
+from vla_core.model.sensor.bev import BEVConfig, BEVEncoder, Cameras, CloudColumns, PointSet
+from vla_core.model.tokens import Tokens
+from vla_core.model.vla.base import MODEL_REGISTRY
+from vla_core.model.vla.vla_model import PARTS, VLAConfig, VLAModel, VLARecipe, _values
+
+MAP_CHANNELS = 2  # the value, and whether there is one
+Pose = tuple[float, float, float, float, float, float, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MultiSensorRecipe(VLARecipe):
+    """The free choices of :class:`MultiSensorConfig`; sensors, columns and cameras follow from the dataset.
+
+    ``sensors``     an encoder for each cloud, sequence or map, by the stream's name
+    ``bev``         the bird's eye view, of the cameras whose calibration is seen and of ``bev_clouds``
+    ``fusion``      of ``vision``, the streams of ``sensors`` and ``bev``
+    ``mounts``      where a sensor is in the robot's base frame, by stream: x, y, z in m and the quaternion x, y, z, w;
+                    of a camera its optical frame. The bird's eye view needs those of its sources
+    """
+
+    type: Literal["multi_sensor_vla"] = "multi_sensor_vla"  # type: ignore[assignment]
+    sensors: dict[str, Annotated[Any, SENSOR_REGISTRY]] = field(default_factory=dict)
+    bev: BEVConfig | None = None
+    bev_clouds: tuple[str, ...] = ()
+    fusion: Annotated[Any, FUSION_REGISTRY] = field(default_factory=CrossModalConfig)
+    mounts: dict[str, Pose] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, pose in self.mounts.items():
+            if abs(math.hypot(*pose[3:]) - 1) > 1e-3:
+                raise ConfigError(f"mounts.{name}: expected a quaternion of unit length, found {list(pose[3:])}")
+        if self.bev is None and self.bev_clouds:
+            raise ConfigError(f"bev_clouds: found {choices(self.bev_clouds)}, but no bev")
+
+    def config(self, **sizes: Any) -> MultiSensorConfig:
+        """The whole model configuration for a dataset."""
+        return MultiSensorConfig(**_values(self), **sizes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MultiSensorConfig(MultiSensorRecipe, VLAConfig):
+    """What :class:`MultiSensorVLA` is built from: by stream the columns of clouds and sequences; ``maps``; the cameras
+    whose calibration is seen.
+
+    ``own_sensors`` are the streams that a module of the caller's own encodes.
+    """
+
+    clouds: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    sequences: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    maps: tuple[str, ...] = ()
+    calibrated: tuple[str, ...] = ()
+    own_sensors: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        streams = {*self.clouds, *self.sequences, *self.maps}
+        for name in (*self.sensors, *self.own_sensors):
+            if name not in streams or (name in self.sensors and name in self.own_sensors):
+                raise ConfigError(f"sensors.{name}: no such stream that is left to encode; the observation has "
+                                  f"{choices(streams)}")  # fmt: skip
+        unknown = [name for name in self.bev_clouds if name not in self.clouds]
+        if unknown:
+            raise ConfigError(f"bev_clouds: no cloud {unknown[0]!r}; choices: {choices(self.clouds)}")
+        if self.bev is not None and not (self.calibrated or self.bev_clouds):
+            raise ConfigError("bev: nothing to see from above; expected calibrated cameras or bev_clouds")
+        unmounted = [name for name in self.bev_sources if name not in self.mounts]
+        if unmounted:
+            raise ConfigError(f"mounts: lack {choices(unmounted)}, which the bev places by it")
+        used = {*self.sensors, *self.own_sensors, *self.bev_clouds}
+        unused = [name for name in streams if name not in used]
+        if unused or (self.calibrated and self.bev is None):
+            raise ConfigError(f"sensors: nothing encodes {choices(unused or ['calibrations'])}; name an encoder, or "
+                              "leave it out of the observation")  # fmt: skip
+
+    @property
+    def bev_sources(self) -> tuple[str, ...]:
+        """Streams that the bird's eye view is made of."""
+        return (*self.calibrated, *self.bev_clouds) if self.bev else ()
+
+
+class MultiSensorVLA(VLAModel):
+    """As :class:`VLAModel`, with all sensors fused before the language model reads them.
+
+    The chunk is a trajectory where the contract's action is one: a row a waypoint. A sensor that is missing is masked
+    and adds nothing.
+
+    ``sensor_encoders`` are the caller's own, by stream: modules with an attribute ``output_dim`` whose forward takes
+    values and mask, as in ``model.inputs``, and gives ``Tokens``, (B, D) or (B, N, D). A checkpoint holds their
+    weights and the caller builds them again: ``Checkpoint.load(path, sensor_encoders={...})``.
+    """
+
+    Config: type[Any] = MultiSensorConfig
+    Recipe: type[Any] = MultiSensorRecipe
+    sees: tuple[str, ...] = (*VLAModel.sees, "clouds", "sequences", "maps", "calibrations")
+    parts: tuple[str, ...] = (*PARTS, "sensors", "bev", "fusion")
+    _config: MultiSensorConfig
+
+    def __init__(self, config: MultiSensorConfig, sensor_encoders: Mapping[str, nn.Module] | None = None) -> None:
+        own = dict(sensor_encoders or {})
+        if own and not config.own_sensors:
+            kept = {name: part for name, part in config.sensors.items() if name not in own}
+            config = _replace(config, sensors=kept, own_sensors=tuple(own))
+        if set(own) != set(config.own_sensors):
+            raise VlaError(f"sensor_encoders: found {choices(own)}, but the model was made with modules of its user's "
+                           f"own for {choices(config.own_sensors)}; build them and hand them over")  # fmt: skip
+        super().__init__(_replace(config, frozen=()))
+        encoders: dict[str, nn.Module] = {
+            name: build_sensor(part, input_dim=_input_dim(config, name)) for name, part in config.sensors.items()
+        }
+        encoders.update(own)
+        for name, encoder in encoders.items():
+            if not isinstance(getattr(encoder, "output_dim", None), int):
+                raise VlaError(f"sensor_encoders.{name}: {type(encoder).__name__} has no output_dim, the width of its "
+                               "tokens")  # fmt: skip
+        self.sensors = nn.ModuleDict(encoders)
+        self.widen = nn.ModuleDict({name: nn.Linear(e.output_dim, self.width) for name, e in encoders.items()})
+        self.bev = self._bev(config)
+        if self.bev is not None:
+            self.widen["bev"] = nn.Linear(self.bev.output_dim, self.width)
+        modalities = ("vision", *self.sensors, *(() if self.bev is None else ("bev",)))
+        self.fusion = build_fusion(config.fusion, modalities=modalities, d_model=self.width)
+        self._config = config
+        self._freeze_parts()
+
+    def see(self, inputs: ModelInputs) -> list[Tokens]:
+        images, mask = self.images(inputs)
+        seen = self.vision(images, mask)
+        parts = {"vision": self.project(seen, mask)}
+        parts.update({name: self._sense(name, encoder, inputs) for name, encoder in self.sensors.items()})
+        if self.bev is not None:
+            above = self.bev(self._cameras(seen, images, mask, inputs), self._clouds(inputs))
+            parts["bev"] = Tokens(self.widen["bev"](above.values), above.mask)
+        return [self.fusion(parts), *self.own(inputs)]
+
+    def _sense(self, name: str, encoder: nn.Module, inputs: ModelInputs) -> Tokens:
+        values, mask = _given(inputs.sensor(name), name)
+        out = encoder(values, mask)
+        if isinstance(out, Tensor):
+            out = out[:, None] if out.dim() == 2 else out
+            there = mask.flatten(1).any(dim=1) if mask.dim() > 1 else mask
+            out = Tokens(out, there[:, None].expand(out.shape[:2]))
+        widen = self.widen[name]
+        # A user's encoder may make NaN of what is masked.
+        values = torch.where(out.mask[..., None], out.values, 0.0)
+        return Tokens(widen(values.to(next(widen.parameters()).dtype)), out.mask)
+
+    def _cameras(self, seen: Tokens, images: Tensor, mask: Tensor, inputs: ModelInputs) -> Cameras | None:
+        names = self._config.calibrated
+        if not names:
+            return None
+        picked = [self._config.cameras.index(name) for name in names]
+        size = (images.shape[-2], images.shape[-1])
+        count = self.vision.tokens_per_image
+        height, width = token_grid(count, size)
+        maps = seen.values.unflatten(1, (mask.shape[1], count))[:, picked]  # (B, K, h w, C)
+        features = maps.transpose(2, 3).unflatten(3, (height, width))
+        known = [_given(inputs.intrinsics.get(name), name) for name in names]
+        intrinsics = torch.stack([k.values for k in known], dim=1)
+        poses = [self._pose(name, inputs) for name in names]
+        there = torch.stack([k.mask & p.mask for k, p in zip(known, poses, strict=True)], dim=1) & mask[:, picked]
+        return Cameras(features, intrinsics, torch.stack([p.values for p in poses], dim=1), there, size)
+
+    def _clouds(self, inputs: ModelInputs) -> dict[str, PointSet]:
+        clouds = {}
+        for name in self._config.bev_clouds:
+            values, mask = _given(inputs.clouds.get(name), name)
+            pose = self._pose(name, inputs)
+            place = torch.where(pose.mask[:, None, None], pose.values, torch.eye(4, device=values.device))
+            clouds[name] = PointSet(values, mask & pose.mask[:, None], place)
+        return clouds
+
+    def _pose(self, name: str, inputs: ModelInputs) -> Masked:
+        if name in inputs.extrinsics:
+            return inputs.extrinsics[name]
+        batch = len(inputs.tokens)
+        # Made here: a buffer would be rounded with the weights.
+        mount = pose_matrix(self._config.mounts[name]).to(inputs.tokens.device)
+        return Masked(mount.expand(batch, 4, 4), torch.ones(batch, dtype=torch.bool, device=mount.device))
+
+    def _bev(self, config: MultiSensorConfig) -> BEVEncoder | None:
+        if config.bev is None:
+            return None
+        columns = {}
+        for name in config.bev_clouds:
+            names = config.clouds[name]
+            if names[:2] != ("x", "y"):
+                raise ConfigError(
+                    f"bev_clouds: {name} has the columns {list(names)}, expected x, y and perhaps z first"
+                )
+            columns[name] = CloudColumns(columns=len(names), has_height=names[2:3] == ("z",))
+        return BEVEncoder(config.bev, camera_dim=self.vision.output_dim if config.calibrated else None, clouds=columns)
+
+
+def pose_matrix(pose: Pose) -> Tensor:
+    """The matrix (4, 4) float32 of x, y, z in m and a unit quaternion x, y, z, w."""
+    x, y, z, qx, qy, qz, qw = pose
+    norm = math.hypot(qx, qy, qz, qw)
+    a, b, c, w = qx / norm, qy / norm, qz / norm, qw / norm
+    return torch.tensor([
+        [1 - 2 * (b * b + c * c), 2 * (a * b - c * w), 2 * (a * c + b * w), x],
+        [2 * (a * b + c * w), 1 - 2 * (a * a + c * c), 2 * (b * c - a * w), y],
+        [2 * (a * c - b * w), 2 * (b * c + a * w), 1 - 2 * (a * a + b * b), z],
+        [0.0, 0.0, 0.0, 1.0],
+    ])  # fmt: skip
+
+
+def token_grid(count: int, size: tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns of ``count`` tokens of a picture of ``size`` (height, width): cells as square as can be."""
+    pairs = [(rows, count // rows) for rows in range(1, count + 1) if count % rows == 0]
+    return min(pairs, key=lambda pair: abs(math.log(pair[0] * size[1] / (pair[1] * size[0]))))
+
+
+def _input_dim(config: MultiSensorConfig, name: str) -> int:
+    return MAP_CHANNELS if name in config.maps else len(config.clouds.get(name) or config.sequences[name])
+
+
+def _given(found: Masked | None, name: str) -> Masked:
+    if found is None:
+        raise VlaError(f"model inputs lack {name!r}; a sensor that is missing is given as masked")
+    return found
+
+
+def _replace(config: MultiSensorConfig, **changes: Any) -> MultiSensorConfig:
+    return MultiSensorConfig(**{**_values(config), **changes})
+
+
+MODEL_REGISTRY["multi_sensor_vla"] = MultiSensorVLA
