@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -70,7 +71,8 @@ class Checkpoint:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         try:
-            _write_json(partial / "config.json", to_dict(self.config))
+            # What the model has become since, such as one with adapters.
+            _write_json(partial / "config.json", to_dict(dataclasses.replace(self.config, model=self.model.config)))
             _write_json(partial / "statistics.json", self.normalizer.statistics)
             _write_json(partial / "tokenizer.json", self.tokenizer.to_dict())
             (partial / "contract.yaml").write_text(self.contract.to_yaml(), encoding="utf-8")

@@ -17,7 +17,6 @@ import gc
 import json
 import sys
 import threading
-import traceback
 from collections import deque
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from typing import Any
 import numpy as np
 from rclpy.clock import Clock
 from rclpy.clock_type import ClockType
-from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
+from rclpy.lifecycle import TransitionCallbackReturn
 from rclpy.time import Time
 from std_msgs.msg import String
 from std_srvs.srv import Trigger
@@ -52,6 +51,7 @@ from vla_ros.bridge import (
     subscribe_stream,
 )
 from vla_ros.instruction_server import InstructionServer
+from vla_ros.lifecycle import GuardedNode, run
 from vla_ros.msg import ActionChunk as ActionChunkMessage
 from vla_ros.msg import Episode
 from vla_ros.parameters import choice, declare, value
@@ -61,7 +61,7 @@ SYNCHRONOUS_POLL_S = 0.02
 JUMP_NS = NANOSECONDS // 2  # a clock that differs by more from the steady one, between two ticks, has jumped
 
 
-class PolicyNode(LifecycleNode):
+class PolicyNode(GuardedNode):
     """See the module; parameters are declared in ``__init__``."""
 
     _goals: InstructionServer | None = None
@@ -89,7 +89,6 @@ class PolicyNode(LifecycleNode):
         self._control_timer: Any = None
         self._worker: threading.Thread | None = None
         self._wake = threading.Event()
-        self._finished = False
         self._last_tick_ns = -1
         self._acted = False  # whether this episode has had a chunk
         self._last_values: np.ndarray | None = None  # of the newest command since activation
@@ -108,12 +107,9 @@ class PolicyNode(LifecycleNode):
             self.create_service(Trigger, f"~/{name}", callback)
         self._goals = InstructionServer(self)
 
-    def autostart(self) -> bool:
-        """Configure and activate as the parameters ask for it; False when a transition failed (it was logged)."""
-        if not value(self, "autostart"):
-            return True
-        transitions = (self.trigger_configure, self.trigger_activate)[: 2 if value(self, "activate") else 1]
-        return all(trigger() == TransitionCallbackReturn.SUCCESS for trigger in transitions)
+    def remember(self, fault: str) -> None:
+        """Keep the line that says why a transition failed."""
+        self.faults.note(fault)
 
     @property
     def fault(self) -> str:
@@ -129,43 +125,6 @@ class PolicyNode(LifecycleNode):
     def configured(self) -> bool:
         """Whether a policy is loaded."""
         return self.core is not None
-
-    # Lifecycle. Exceptions in these callbacks would be swallowed by rclpy: each is caught, logged and remembered.
-
-    def on_configure(self, state: LifecycleState) -> TransitionCallbackReturn:
-        """Load, check, warm up, subscribe."""
-        result = self._guarded(self._configure)
-        if result != TransitionCallbackReturn.SUCCESS:
-            self._cleanup()  # nothing half-made stays behind for the next try
-        return result
-
-    def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
-        """Start to act."""
-        return self._guarded(self._activate)
-
-    def on_deactivate(self, state: LifecycleState) -> TransitionCallbackReturn:
-        """Send the safe action and stop acting."""
-        return self._guarded(self._deactivate)
-
-    def on_cleanup(self, state: LifecycleState) -> TransitionCallbackReturn:
-        """Unsubscribe and forget the policy."""
-        return self._guarded(self._cleanup)
-
-    def on_shutdown(self, state: LifecycleState) -> TransitionCallbackReturn:
-        """Safe action first, then as cleanup."""
-        self._finished = True
-        return self._guarded(self.stop)
-
-    def on_error(self, state: LifecycleState) -> TransitionCallbackReturn:
-        """A transition broke in its middle: nothing half-made may go on commanding; configure starts anew."""
-        self._guarded(self.stop)
-        result: TransitionCallbackReturn = super().on_error(state)
-        return result
-
-    def stop(self) -> None:
-        """End in order: safe action, worker, logs, subscriptions. Harmless when there is nothing to end."""
-        self._deactivate()
-        self._cleanup()
 
     def destroy_node(self) -> None:
         """Also ends the action server, which rclpy does not."""
@@ -197,7 +156,7 @@ class PolicyNode(LifecycleNode):
         """Act: configure and activate as far as needed; returns the problem, empty when there is none."""
         if self._active:
             return ""
-        if self._finished:
+        if self.finished:
             return "the node was shut down; start a new one"
         for needed, trigger in ((not self.configured, self.trigger_configure), (True, self.trigger_activate)):
             if needed and trigger() != TransitionCallbackReturn.SUCCESS:
@@ -214,20 +173,8 @@ class PolicyNode(LifecycleNode):
             return self.fault
         return ""
 
-    def _guarded(self, action: Any) -> TransitionCallbackReturn:
-        try:
-            action()
-        except VlaError as error:
-            self.faults.note(str(error))
-            self.get_logger().error(self.fault)
-            return TransitionCallbackReturn.FAILURE
-        except Exception as error:
-            self.faults.note(f"{type(error).__name__}: {error}; see the log")
-            self.get_logger().error(traceback.format_exc())
-            return TransitionCallbackReturn.ERROR
-        return TransitionCallbackReturn.SUCCESS
-
-    def _configure(self) -> None:
+    def configure(self) -> None:
+        """Load, check, warm up, subscribe."""
         folder = value(self, "checkpoint")
         if not folder:
             raise VlaError("parameter checkpoint is empty; name the folder of a trained policy")
@@ -281,7 +228,8 @@ class PolicyNode(LifecycleNode):
         gc.freeze()
         self.get_logger().info(f"policy {self._fingerprint} of {folder} is ready")
 
-    def _activate(self) -> None:
+    def activate(self) -> None:
+        """Start to act."""
         assert self.core is not None
         self._active, self._clocks = True, None
         if not self._synchronous:
@@ -290,7 +238,8 @@ class PolicyNode(LifecycleNode):
             self._worker = threading.Thread(target=self._work, name="inference", daemon=True)
             self._worker.start()
 
-    def _deactivate(self) -> None:
+    def deactivate(self) -> None:
+        """Send the safe action and stop acting."""
         was_active, self._active = self._active, False
         try:
             if was_active and self.core is not None:  # first of all: a model may think for long, or for ever
@@ -308,7 +257,8 @@ class PolicyNode(LifecycleNode):
                 self._worker.join()
                 self._worker = None
 
-    def _cleanup(self) -> None:
+    def clean_up(self) -> None:
+        """Unsubscribe and forget the policy."""
         if self.core is None:
             return
         self._write_logs(self.core)
@@ -628,13 +578,9 @@ class PolicyNode(LifecycleNode):
         return int(self.get_clock().now().nanoseconds)
 
 
-def _run(node: Any, executor: Any, stop: process.Stop) -> int:
-    return process.spin(executor, stop) if node.autostart() else 1
-
-
 def main() -> int:
     """Entry point of ``policy_node``."""
-    return process.main(PolicyNode, _run)
+    return process.main(PolicyNode, run)
 
 
 if __name__ == "__main__":

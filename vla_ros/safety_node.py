@@ -20,7 +20,6 @@ from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
 from rclpy.clock import Clock
 from rclpy.clock_type import ClockType
 from rclpy.duration import Duration
-from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
 from std_srvs.srv import Trigger
 
 from vla_core.contract import NANOSECONDS
@@ -28,6 +27,7 @@ from vla_core.errors import VlaError
 from vla_core.runtime.safety import Frame, SafetyStage
 from vla_ros import process
 from vla_ros.bridge import COMMAND_QOS, candidate_topic, command_publishers, message_class, subscribe_stream
+from vla_ros.lifecycle import GuardedNode, run
 from vla_ros.parameters import contract_of, declare, value
 
 ACK_TIMEOUT = Duration(seconds=1)
@@ -36,7 +36,7 @@ LEVELS = {"waiting": DiagnosticStatus.OK, "passing": DiagnosticStatus.OK, "inter
           "stopping": DiagnosticStatus.ERROR, "latched": DiagnosticStatus.ERROR}  # fmt: skip
 
 
-class SafetyNode(LifecycleNode):
+class SafetyNode(GuardedNode):
     """See the module; parameters are declared in ``__init__``."""
 
     def __init__(self, **options: Any) -> None:
@@ -53,57 +53,12 @@ class SafetyNode(LifecycleNode):
         self._shown = ("waiting", "")  # state and causes of the last diagnostics that were due to a change
         self._shown_s = 0.0
 
-    def autostart(self) -> bool:
-        """Configure and activate when the parameter asks for it; False when a transition failed (it was logged)."""
-        if not value(self, "autostart"):
-            return True
-        transitions = (self.trigger_configure, self.trigger_activate)
-        return all(trigger() == TransitionCallbackReturn.SUCCESS for trigger in transitions)
+    def remember(self, fault: str) -> None:
+        """Keep the line that says why a transition failed."""
+        self.fault = fault
 
-    # Lifecycle. Exceptions in these callbacks would be swallowed by rclpy: each is caught, logged and remembered.
-
-    def on_configure(self, state: LifecycleState) -> TransitionCallbackReturn:
+    def configure(self) -> None:
         """Read the contract and subscribe."""
-        result = self._guarded(self._configure)
-        if result != TransitionCallbackReturn.SUCCESS:
-            self._cleanup()  # nothing half-made stays behind for the next try
-        return result
-
-    def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
-        """Start to answer candidates."""
-        return self._guarded(self._activate)
-
-    def on_deactivate(self, state: LifecycleState) -> TransitionCallbackReturn:
-        """Bring the robot to the safe action."""
-        return self._guarded(self._deactivate)
-
-    def on_cleanup(self, state: LifecycleState) -> TransitionCallbackReturn:
-        """Unsubscribe."""
-        return self._guarded(self._cleanup)
-
-    def on_shutdown(self, state: LifecycleState) -> TransitionCallbackReturn:
-        """Safe action first, then as cleanup."""
-        return self._guarded(self.stop)
-
-    def stop(self) -> None:
-        """End in order: safe action, subscriptions. Harmless when there is nothing to end."""
-        self._deactivate()
-        self._cleanup()
-
-    def _guarded(self, action: Callable[[], None]) -> TransitionCallbackReturn:
-        try:
-            action()
-        except VlaError as error:
-            self.fault = str(error)
-            self.get_logger().error(self.fault)
-            return TransitionCallbackReturn.FAILURE
-        except Exception:
-            self.fault = traceback.format_exc()
-            self.get_logger().error(self.fault)
-            return TransitionCallbackReturn.ERROR
-        return TransitionCallbackReturn.SUCCESS
-
-    def _configure(self) -> None:
         self.contract = contract_of(self)
         self._simulated = bool(value(self, "use_sim_time"))
         self.stage = stage = SafetyStage(self.contract, self._simulated)
@@ -127,10 +82,12 @@ class SafetyNode(LifecycleNode):
             self._held.append((self.destroy_service, self.create_service(Trigger, service, answer)))
         self.get_logger().info(f"watching {', '.join(stage.sensors) or 'no sensor'} of {self.contract.name}")
 
-    def _activate(self) -> None:
+    def activate(self) -> None:
+        """Start to answer candidates."""
         self._active = True
 
-    def _deactivate(self) -> None:
+    def deactivate(self) -> None:
+        """Bring the robot to the safe action."""
         was_active, self._active = self._active, False
         if not was_active or self.stage is None:
             return
@@ -160,7 +117,8 @@ class SafetyNode(LifecycleNode):
         for publisher in self._command_publishers.values():
             publisher.wait_for_all_acked(ACK_TIMEOUT)
 
-    def _cleanup(self) -> None:
+    def clean_up(self) -> None:
+        """Unsubscribe."""
         for destroy, held in self._held:
             destroy(held)
         self._held = []
@@ -257,13 +215,9 @@ class SafetyNode(LifecycleNode):
         return int(self.get_clock().now().nanoseconds)
 
 
-def _run(node: Any, executor: Any, stop: process.Stop) -> int:
-    return process.spin(executor, stop) if node.autostart() else 1
-
-
 def main() -> int:
     """Entry point of ``safety_node``."""
-    return process.main(SafetyNode, _run)
+    return process.main(SafetyNode, run)
 
 
 if __name__ == "__main__":

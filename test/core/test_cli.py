@@ -93,7 +93,7 @@ def test_the_loop_of_a_user(made: Path, capsys: pytest.CaptureFixture[str]) -> N
 
 def test_recipes(made: Path, fails: Fails) -> None:
     common = ("--dataset", "set", "--out", "new")
-    assert "'maxi'; choices: mini_vla, " in fails("train", "maxi", *common)
+    assert "'maxi'; choices: driving, mini_vla, " in fails("train", "maxi", *common)
     line = fails("train", "mini_vla", "training.stepz=3", *common)
     assert "training.stepz: unknown key; choices: batch_size, " in line
     assert "model.head.type: found 'x'" in fails("train", "mini_vla", "model.head.type=x", *common)

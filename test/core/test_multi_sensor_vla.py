@@ -30,6 +30,7 @@ from vla_core.observation.spec import CloudSpec, ImageSize
 
 from .helpers import START
 from .test_batch import tokenizer
+from .test_vla_model import HEADS, PROJECTORS
 from .whole_models import ACTION, CLOUD, FRONT, HORIZON, IMU, LLM, chunk, chunk_of, fake, sensor_config
 
 SENSORS = ("lidar", "radar", "imu", "doppler")
@@ -56,9 +57,11 @@ def masked(inputs: ModelInputs, name: str, filler: float) -> ModelInputs:
 
 
 @pytest.mark.parametrize("fusion", FUSIONS)
-@pytest.mark.parametrize("head", sorted(ACTION_HEAD_REGISTRY))
+@pytest.mark.parametrize("head", HEADS)
 def test_it_learns_one_batch_and_comes_back(fusion: str, head: str) -> None:
-    model = made(fusion=FUSIONS[fusion], head=ACTION_HEAD_REGISTRY[head].Config())
+    number = list(FUSIONS).index(fusion) + HEADS.index(head)
+    projector = list(PROJECTORS.values())[number % len(PROJECTORS)]
+    model = made(fusion=FUSIONS[fusion], head=ACTION_HEAD_REGISTRY[head].Config(), projector=projector)
     inputs, (actions, mask) = fake(model.config), chunk(model.config)
     optimizer, losses = torch.optim.Adam(model.parameters(), lr=1e-2), []
     for step in range(40):
@@ -152,8 +155,32 @@ def test_a_users_own_encoder() -> None:
     assert torch.equal(chunk_of(back, inputs), chunk_of(model, inputs))
     with pytest.raises(VlaError, match=r"found \(none\), but .*own for imu"):
         build_model(config)
+    others = {name: part for name, part in sensor_config().sensors.items() if name != "imu"}
+    declared = sensor_config(sensors=others, own_sensors=("imu",))
+    assert MultiSensorVLA(declared, sensor_encoders={"imu": Own(output_dim=6)}).config == declared
     with pytest.raises(VlaError, match="Linear has no output_dim"):
         MultiSensorVLA(sensor_config(), sensor_encoders={"imu": nn.Linear(6, 6)})
+
+
+def test_frozen_parts_stay_as_they_are() -> None:
+    model = made()
+    for part in ("sensors", "bev", "projector"):
+        model.freeze(part)
+    trained = {name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad}
+    assert not trained & {"sensors", "bev", "projector"} and {"fusion", "widen", "vision", "head"} <= trained
+    model.train()
+    assert model.training and not model.sensors.training and not model.bev.training and model.fusion.training
+    assert build_model(model.config).config.frozen == ("sensors", "bev", "projector")
+    with pytest.raises(ConfigError, match="no part 'bev'; choices: fusion, head"):
+        made(bev=None, bev_clouds=(), calibrated=()).freeze("bev")
+
+
+def test_the_instruction_is_computed_once_for_a_control_loop() -> None:
+    model = made(language=LLM)
+    first = fake(model.config, batch=1)
+    for seed in range(4):
+        model.predict(dataclasses.replace(fake(model.config, batch=1, seed=seed), tokens=first.tokens))
+    assert model.prefix_cache.computed == 1
 
 
 WRONG: dict[str, dict[str, Any]] = {

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
 
 from vla_core.checkpoint import Checkpoint, CheckpointError, PolicyConfig
 from vla_core.cli import main
@@ -89,7 +90,20 @@ def test_recipes_fit_their_robots(recipe: str, contract: str) -> None:
     assert Normalizer(found.normalization, {"state": numbers, "action": numbers}, declared).columns == declared
 
 
-def test_the_driving_model_takes_an_observation_of_the_vehicle() -> None:
+class Shaking(nn.Module):
+    """An encoder of the user's own for the IMU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.output_dim = 5
+        self.net = nn.Linear(6, 5)
+
+    def forward(self, values: Tensor, mask: Tensor) -> Tensor:
+        return self.net(values).amax(dim=1)
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["registered", "own encoder"])
+def test_the_driving_model_takes_an_observation_of_the_vehicle(tmp_path: Path, own: bool) -> None:
     """Its own observation, fusion, mounts and bird's eye view, with a small camera encoder and language model."""
     changes = [
         "model.vision={type: tiny_cnn, image_size: [16, 32], output_dim: 16, channels: [8, 8]}",
@@ -100,7 +114,8 @@ def test_the_driving_model_takes_an_observation_of_the_vehicle() -> None:
     ]  # fmt: skip
     recipe = load_recipe("driving", changes)
     tokenizer = build_tokenizer(recipe.model.language, ["turn left"])
-    model = build_model(recipe.model_config(VEHICLE, tokenizer.vocab_size)).eval()
+    parts = {"sensor_encoders": {"imu": Shaking()}} if own else {}
+    model = build_model(recipe.model_config(VEHICLE, tokenizer.vocab_size), **parts).eval()
     numbers = {"mean": [0.0] * 9, "std": [1.0] * 9, "min": [-1.0] * 4, "max": [1.0] * 4}
     normalizer = Normalizer(
         recipe.normalization, {"state": numbers, "action": numbers}, columns(recipe.observation, VEHICLE)
@@ -109,6 +124,18 @@ def test_the_driving_model_takes_an_observation_of_the_vehicle() -> None:
     blind = dataclasses.replace(blank, images={}, clouds={}, sequences={}, calibrations={})
     chunk = model.predict(collate([blank, blind], normalizer, tokenizer, recipe.observation))
     assert chunk.shape == (2, 8, 4) and chunk.isfinite().all()
+    Checkpoint(
+        config=PolicyConfig(model=model.config, observation=recipe.observation, normalization=recipe.normalization,
+                            execution=recipe.execution),
+        model=model, normalizer=normalizer, tokenizer=tokenizer, contract=VEHICLE,
+    ).save(tmp_path / "policy")  # fmt: skip
+    again = {"sensor_encoders": {"imu": Shaking()}} if own else {}
+    back = Checkpoint.load(tmp_path / "policy", **again)
+    inputs = collate([blank, blind], back.normalizer, back.tokenizer, recipe.observation)
+    assert torch.equal(back.model.predict(inputs), chunk)
+    if own:
+        with pytest.raises(VlaError, match="modules of its user's own for imu; build them and hand them over"):
+            Checkpoint.load(tmp_path / "policy")
 
 
 def small_preset(horizon: int = 4) -> Recipe:
@@ -183,6 +210,18 @@ def test_a_language_model_and_its_tokenizer_come_back_from_a_checkpoint(tmp_path
     assert not np.allclose(a, other)
 
 
+def test_a_loaded_policy_gets_adapters_and_is_saved_with_them(tmp_path: Path) -> None:
+    plain = hub_checkpoint()
+    plain.model.language.merge_lora()
+    plain.save(tmp_path / "plain")
+    loaded = Checkpoint.load(tmp_path / "plain")
+    loaded.model.enable_lora(r=3, alpha=6)
+    loaded.save(tmp_path / "tuned")
+    tuned = Checkpoint.load(tmp_path / "tuned")
+    assert tuned.config.model.language.lora.r == 3
+    assert tuned.model.state_dict().keys() == loaded.model.state_dict().keys()
+
+
 EDITS: dict[str, tuple[list[str], Any, str]] = {
     "another history": (["model", "history"], 3, r"model\.history is 3, but 1 by the observation"),
     "another picture": (["observation", "images", "camera", "height"], 7, r"images\.camera: 7x8 pixels.*is 6x8"),
@@ -215,7 +254,7 @@ def test_names_and_sizes_that_are_wrong_are_one_line(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"tiny\.yaml: model\.widht: unknown key; choices: context, "):
         load_preset("tiny", ["widht=3"])
     wrong = dataclasses.replace(small_preset(), model=load_preset("tiny"))
-    with pytest.raises(ConfigError, match="camera: 6x8 pixels, model.vision.image_size is 64x64; make them equal"):
+    with pytest.raises(ConfigError, match=r"camera: 6x8 pixels, model\.vision\.image_size is 64x64; make them equal"):
         train(wrong, dataset())
     assert load_recipe("mini_vla", ["model=tiny", "model.horizon=5"]).model.horizon == 5
 

@@ -141,11 +141,8 @@ def test_held_out_loss_counts_every_known_step_once() -> None:
         error = (model.predict(inputs) - actions).abs()[0]
         expected += error[mask[0]].sum().item()
         count += int(mask.sum()) * 2
-    small = pytest.MonkeyPatch()
     for size in (512, 5):
-        small.setattr(trainer, "VALIDATION_BATCH", size)
-        assert trainer.evaluate_loss(model, batches) == pytest.approx(expected / count, rel=1e-5)
-    small.undo()
+        assert trainer.evaluate_loss(model, batches, size=size) == pytest.approx(expected / count, rel=1e-5)
 
 
 def test_learning_rate_warms_up_and_falls_to_zero() -> None:

@@ -13,10 +13,12 @@ from hypothesis import strategies as st
 from vla_core.config import ConfigError, from_dict, to_dict
 from vla_core.errors import VlaError
 from vla_core.model.action_head.base import ACTION_HEAD_REGISTRY
+from vla_core.model.action_head.guidance import ChunkPrefix
 from vla_core.model.inputs import ModelInputs
 from vla_core.model.tokens import masked_mean
-from vla_core.model.vla import MODEL_REGISTRY, VLAModel, VLARecipe, build_model
+from vla_core.model.vla import MODEL_REGISTRY, MiniVLA, MiniVLAConfig, VLAModel, VLARecipe, build_model
 from vla_core.model.vlm import AttentionPoolingConfig, MLPProjectorConfig, PerceiverConfig, TinyGRUConfig
+from vla_core.model.vlm.vision_encoder import TinyCNNConfig
 
 from .whole_models import HORIZON, LLM, chunk, chunk_of, fake, vla_config
 
@@ -177,6 +179,34 @@ def test_a_language_model_of_half_precision_with_a_head_of_full(head: str, conte
     assert predicted.dtype == torch.float32 and predicted.isfinite().all()
 
 
+@pytest.mark.parametrize("head", ["flow", "diffusion"])
+@pytest.mark.parametrize("denoiser", ["mlp", "transformer"])
+def test_a_chunk_continues_an_older_one(head: str, denoiser: str) -> None:
+    """Real-time chunking: the rows that are given are in the sample, and the others follow."""
+    torch.manual_seed(0)
+    model = VLAModel(vla_config(context="all", head=ACTION_HEAD_REGISTRY[head].Config(denoiser=denoiser))).eval()
+    inputs = fake(model.config, batch=1)
+    given = torch.full((HORIZON, 2), 0.3)
+    prefix = ChunkPrefix(actions=given, weights=torch.tensor([1.0, 1.0, 0.5, 0.0]), frozen=2, max_guidance=5.0)
+    chunks = [model.predict(inputs, torch.Generator().manual_seed(0), p) for p in (prefix, None)]
+    torch.testing.assert_close(chunks[0][0, :2], given[:2])
+    assert not torch.allclose(chunks[0][0, 2:], chunks[1][0, 2:])
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_mini_vla_learns_with_every_head_and_comes_back(head: str) -> None:
+    torch.manual_seed(0)
+    config = MiniVLAConfig(
+        cameras=("left", "right"), state_dim=3, action_dim=2, horizon=HORIZON, vocab_size=10, d_model=16,
+        vision=TinyCNNConfig(d_model=16, channels=(8, 8)), head=ACTION_HEAD_REGISTRY[head].Config(),
+    )  # fmt: skip
+    model: Any = MiniVLA(config)
+    inputs = fake(vla_config())
+    losses = train(model, inputs)
+    assert sum(losses[-4:]) < 0.7 * sum(losses[:4]), losses
+    assert torch.equal(chunk_of(again(model), inputs), chunk_of(model, inputs))
+
+
 def test_the_instruction_may_come_last() -> None:
     model = VLAModel(vla_config(language=TinyGRUConfig(d_model=16, injected="before_text"), context="all"))
     assert chunk_of(model, fake(model.config)).isfinite().all() and model.prefix_cache.computed == 0
@@ -227,7 +257,7 @@ def test_errors_name_what_is_there() -> None:
     with pytest.raises(VlaError, match="'tiny_gru' takes no adapters"):
         VLAModel(vla_config()).enable_lora()
     inputs = fake(model.config)
-    with pytest.raises(VlaError, match="lack the camera 'right'.*: left"):
+    with pytest.raises(VlaError, match=r"lack the camera 'right'.*: left"):
         VLAModel(vla_config()).predict(dataclasses.replace(inputs, images={"left": inputs.images["left"]}))
     with pytest.raises(VlaError, match="lack the history of 2 past ticks"):
         VLAModel(vla_config()).predict(dataclasses.replace(inputs, history=None))

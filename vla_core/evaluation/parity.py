@@ -7,13 +7,14 @@ from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import load_file, save_file
+from torch.nn.functional import pad
 
 from vla_core.data import bag as bags
 from vla_core.data.episodes import EPISODE_TOPIC, episode_starts
 from vla_core.errors import VlaError
-from vla_core.model.inputs import ModelInputs
+from vla_core.model.inputs import Masked, ModelInputs
 from vla_core.observation.batch import collate
-from vla_core.observation.builder import Observation, ObservationBuilder, Unobserved
+from vla_core.observation.builder import Observation, ObservationBuilder, ObservationSpec, Unobserved
 from vla_core.runtime.chunk import ActionChunk, Continuation
 from vla_core.runtime.core import PolicyCore
 from vla_core.runtime.policy import Policy
@@ -118,15 +119,19 @@ def _arrays(policy: Policy, entries: list[tuple[Observation, ActionChunk]]) -> d
         "state_mask": inputs.state_mask.numpy(),
         **{f"image.{name}": pixels.numpy() for name, pixels in inputs.images.items()},
         **{f"image_mask.{name}": mask.numpy() for name, mask in inputs.image_mask.items()},
-        **_sensors(inputs),
+        **_sensors(inputs, policy.spec),
     }
 
 
-def _sensors(inputs: ModelInputs) -> dict[str, np.ndarray]:
-    """Clouds, windows and maps, with their masks."""
-    found = {**inputs.clouds, **inputs.sequences, **inputs.maps}
-    values = {f"sensor.{name}": sensor.values.numpy() for name, sensor in found.items()}
-    return {**values, **{f"sensor_mask.{name}": sensor.mask.numpy() for name, sensor in found.items()}}
+def _sensors(inputs: ModelInputs, spec: ObservationSpec) -> dict[str, np.ndarray]:
+    """Clouds, windows and maps, with their masks; clouds padded to the most points that they may have."""
+    clouds = {}
+    for name, (values, mask) in inputs.clouds.items():
+        room = spec.clouds[name].max_points - mask.shape[1]
+        clouds[name] = Masked(pad(values, (0, 0, 0, room)), pad(mask, (0, room)))
+    found = {**clouds, **inputs.sequences, **inputs.maps}
+    arrays = {f"sensor.{name}": sensor.values.numpy() for name, sensor in found.items()}
+    return {**arrays, **{f"sensor_mask.{name}": sensor.mask.numpy() for name, sensor in found.items()}}
 
 
 def _continued(chunks: list[ActionChunk]) -> dict[str, np.ndarray]:

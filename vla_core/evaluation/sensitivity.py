@@ -112,7 +112,7 @@ def sensitivity(checkpoint: Checkpoint, data: Path, samples: int = 256, seed: in
 def _changed(inputs: ModelInputs) -> Iterator[tuple[str, ModelInputs]]:
     """Each camera made black, and each other input masked, in the past ticks as well."""
     for name in inputs.images:
-        yield f"camera {name} black", _everywhere(inputs, partial(_black, name=name))
+        yield f"{name} black", _everywhere(inputs, partial(_black, name=name))
     if inputs.state.shape[1]:
         yield (
             "state masked",

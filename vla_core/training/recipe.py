@@ -21,7 +21,10 @@ from vla_core.runtime.execution import Execution
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """The optimization. ``image_shift`` (pixels) and ``state_noise`` (normalized units) are its augmentation."""
+    """The optimization. ``image_shift`` (pixels) and ``state_noise`` (normalized units) are its augmentation.
+
+    ``validation_batch`` decides how much memory the held-out loss takes.
+    """
 
     steps: int = 3000
     batch_size: int = 64
@@ -34,11 +37,12 @@ class Training:
     image_shift: int = 0
     state_noise: float = 0.0
     validate_every: int = 250
+    validation_batch: int = 512
     seed: int = 0
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "validate_every"):
+        for name in ("steps", "batch_size", "validate_every", "validation_batch"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: expected at least 1, found {getattr(self, name)}")
         if not 0 < self.learning_rate < float("inf"):

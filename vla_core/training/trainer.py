@@ -26,8 +26,6 @@ from vla_core.observation.batch import Tokenizer, make_inputs
 from vla_core.observation.normalizer import Normalizer
 from vla_core.training.recipe import Recipe, Training
 
-VALIDATION_BATCH = 512
-
 
 class TrainingError(VlaError):
     """A run that cannot go on."""
@@ -141,7 +139,7 @@ def train(
         measured = held_out is not None and ((step + 1) % options.validate_every == 0 or last)
         if measured:
             assert held_out is not None
-            validation_loss = evaluate_loss(averaged, held_out, options.device)
+            validation_loss = evaluate_loss(averaged, held_out, options.device, options.validation_batch)
         report(Progress(step + 1, smoothed, rate, validation_loss if measured else None))
         if writer is not None and (step % 10 == 0 or measured):
             writer.add_scalar("train/loss", value, step + 1)
@@ -178,13 +176,13 @@ def _differ(a: RobotContract, b: RobotContract) -> bool:
 
 
 @torch.no_grad()
-def evaluate_loss(model: PolicyModel, batches: Batches, device: str = "cpu") -> float:
+def evaluate_loss(model: PolicyModel, batches: Batches, device: str = "cpu", size: int = 512) -> float:
     """Mean loss over all windows; the noise is the same at every call, so that values compare."""
     model.eval()
     generator = torch.Generator(device=device).manual_seed(0)
     total, steps = 0.0, 0
-    for first in range(0, len(batches), VALIDATION_BATCH):
-        index = np.arange(first, min(first + VALIDATION_BATCH, len(batches)))
+    for first in range(0, len(batches), size):
+        index = np.arange(first, min(first + size, len(batches)))
         inputs, actions, mask = batches.draw(index)
         loss = model.loss(inputs.to(device), actions.to(device), mask.to(device), generator)
         total += loss.item() * int(mask.sum())

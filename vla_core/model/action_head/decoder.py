@@ -28,15 +28,15 @@ class Adapted(nn.Module):
     """A layer norm and the gate of what follows it.
 
     With a condition both come from it and the gate begins at 0, so that each block begins as the identity (Peebles
-    & Xie 2023, "Scalable Diffusion Models with Transformers", adaLN-Zero); without one the gate is 1.
+    & Xie 2023, "Scalable Diffusion Models with Transformers", adaLN-Zero); without one, or not ``gated``, it is 1.
     """
 
-    def __init__(self, width: int, conditioned: bool) -> None:
+    def __init__(self, width: int, conditioned: bool, gated: bool = True) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width, elementwise_affine=not conditioned)
         self.modulation: nn.Linear | None = None
         if conditioned:
-            self.modulation = nn.Linear(width, 3 * width)
+            self.modulation = nn.Linear(width, (3 if gated else 2) * width)
             nn.init.zeros_(self.modulation.weight)
             nn.init.zeros_(self.modulation.bias)
 
@@ -44,8 +44,8 @@ class Adapted(nn.Module):
         """``x`` (B, Q, W), ``condition`` (B, W) where there is one."""
         if self.modulation is None or condition is None:
             return self.norm(x), 1.0
-        scale, shift, gate = self.modulation(condition)[:, None].chunk(3, dim=-1)
-        return (1 + scale) * self.norm(x) + shift, gate
+        scale, shift, *gate = self.modulation(condition)[:, None].split(x.shape[-1], dim=-1)
+        return (1 + scale) * self.norm(x) + shift, gate[0] if gate else 1.0
 
 
 class DecoderBlock(nn.Module):
@@ -103,7 +103,7 @@ class ChunkDecoder(nn.Module):
         self.blocks = nn.ModuleList(
             DecoderBlock(width=width, heads=heads, conditioned=conditioned) for _ in range(layers)
         )
-        self.norm = Adapted(width, conditioned)
+        self.norm = Adapted(width, conditioned, gated=False)
 
     def remember(self, context: Tokens) -> ContextMemory:
         """The memory of ``context`` (B, N, D); what stands at absent tokens is not in it."""

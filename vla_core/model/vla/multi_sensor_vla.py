@@ -134,7 +134,8 @@ class MultiSensorVLA(VLAModel):
                 raise VlaError(f"sensor_encoders.{name}: {type(encoder).__name__} has no output_dim, the width of its "
                                "tokens")  # fmt: skip
         self.sensors = nn.ModuleDict(encoders)
-        self.widen = nn.ModuleDict({name: nn.Linear(e.output_dim, self.width) for name, e in encoders.items()})
+        widths: dict[str, Any] = {name: encoder.output_dim for name, encoder in encoders.items()}
+        self.widen = nn.ModuleDict({name: nn.Linear(width, self.width) for name, width in widths.items()})
         self.bev = self._bev(config)
         if self.bev is not None:
             self.widen["bev"] = nn.Linear(self.bev.output_dim, self.width)

@@ -45,7 +45,7 @@ def check_sees(kind: str, sees: tuple[str, ...], spec: ObservationSpec) -> None:
 
 
 def check_images(config: Any, spec: ObservationSpec) -> None:
-    """Raise :class:`ConfigError` where the vision encoder of a model's recipe or config takes images of another size."""
+    """Raise :class:`ConfigError` where the vision encoder of a recipe or config takes images of another size."""
     expected = getattr(getattr(config, "vision", None), "size", None)
     for name, image in spec.images.items():
         if expected is not None and (image.height, image.width) != tuple(expected):
