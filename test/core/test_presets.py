@@ -116,10 +116,10 @@ def test_the_driving_model_takes_an_observation_of_the_vehicle(tmp_path: Path, o
     tokenizer = build_tokenizer(recipe.model.language, ["turn left"])
     parts = {"sensor_encoders": {"imu": Shaking()}} if own else {}
     model = build_model(recipe.model_config(VEHICLE, tokenizer.vocab_size), **parts).eval()
-    numbers = {"mean": [0.0] * 9, "std": [1.0] * 9, "min": [-1.0] * 4, "max": [1.0] * 4}
-    normalizer = Normalizer(
-        recipe.normalization, {"state": numbers, "action": numbers}, columns(recipe.observation, VEHICLE)
-    )
+    statistics = {
+        "state": {"mean": [0.0] * 9, "std": [1.0] * 9}, "action": {"min": [-1.0] * 4, "max": [1.0] * 4},
+    }  # fmt: skip
+    normalizer = Normalizer(recipe.normalization, statistics, columns(recipe.observation, VEHICLE))
     blank = ObservationBuilder(VEHICLE, recipe.observation).blank()
     blind = dataclasses.replace(blank, images={}, clouds={}, sequences={}, calibrations={})
     chunk = model.predict(collate([blank, blind], normalizer, tokenizer, recipe.observation))
