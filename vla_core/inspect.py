@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from vla_core.checkpoint import Checkpoint, fingerprint
@@ -82,6 +83,15 @@ def describe_checkpoint(path: Path) -> str:
         f"  acts: {', '.join(f'{n} [{u}]' for n, u in zip(contract.action_names, contract.action_units, strict=True))}",
         f"  chunk: {config.model.horizon} steps of {1000 / contract.rate_hz:g} ms, {config.execution.steps} executed",
         f"  head: {config.model.head.type}",
+        f"  parts: {', '.join(_parts(checkpoint))}",
     ]
     lines += [f"  {key}: {value}" for key, value in config.provenance.items()]
     return "\n".join(lines)
+
+
+def _parts(checkpoint: Checkpoint) -> Iterator[str]:
+    """Each part of the model with its number of parameters, and how many of them are trained if not all."""
+    for name, part in checkpoint.model.named_children():
+        total = sum(p.numel() for p in part.parameters())
+        trained = sum(p.numel() for p in part.parameters() if p.requires_grad)
+        yield f"{name} {total:,}" + ("" if trained == total else f" ({trained:,} trained)")

@@ -11,10 +11,11 @@ from rclpy.node import Node
 from rclpy.publisher import Publisher
 from rclpy.qos import DurabilityPolicy, HistoryPolicy, QoSPolicyKind, QoSProfile, ReliabilityPolicy
 from rclpy.qos_overriding_options import QoSOverridingOptions
-from rclpy.subscription import Subscription
+from rclpy.subscription import MessageInfo, Subscription
 
 from vla_core.contract import RobotContract, Stream
 from vla_core.data.episodes import EPISODE_TOPIC
+from vla_core.data.recording import LossCounter
 from vla_core.errors import VlaError
 from vla_ros.msg import Episode
 
@@ -50,6 +51,12 @@ def stream_qos(stream: Stream, depth: int | None = None) -> QoSProfile:
         history=HistoryPolicy.KEEP_LAST,
         reliability=ReliabilityPolicy.RELIABLE if reliable else ReliabilityPolicy.BEST_EFFORT,
     )
+
+
+def lost_before(losses: LossCounter, topic: str, info: MessageInfo) -> int:
+    """How many messages of this one's publisher are missing before it; 0 where the middleware does not tell."""
+    publisher = info["publisher_gid"] or {}
+    return losses.lost_before(topic, publisher.get("data", b""), info["publication_sequence_number"])
 
 
 def subscribe_stream(

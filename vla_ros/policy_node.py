@@ -17,7 +17,7 @@ import gc
 import json
 import sys
 import threading
-from collections import deque
+from collections import Counter, deque
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ import numpy as np
 from rclpy.clock import Clock
 from rclpy.clock_type import ClockType
 from rclpy.lifecycle import TransitionCallbackReturn
+from rclpy.subscription import MessageInfo
 from rclpy.time import Time
 from std_msgs.msg import String
 from std_srvs.srv import Trigger
@@ -33,6 +34,7 @@ from vla_core.checkpoint import fingerprint
 from vla_core.commands import check_action, encode_frame
 from vla_core.config import override
 from vla_core.contract import NANOSECONDS, RobotContract
+from vla_core.data.recording import LossCounter
 from vla_core.errors import VlaError
 from vla_core.evaluation.parity import InputLog
 from vla_core.observation import messages
@@ -46,6 +48,7 @@ from vla_ros.bridge import (
     CHUNK_TOPIC,
     COMMAND_QOS,
     command_publishers,
+    lost_before,
     stream_qos,
     subscribe_episodes,
     subscribe_stream,
@@ -100,6 +103,8 @@ class PolicyNode(GuardedNode):
         self._latency_ms: deque[float] = deque(maxlen=LATENCIES)
         self.faults = Faults()
         self.counts = Counts()
+        self.lost: Counter[str] = Counter()  # per stream, on the way here
+        self._losses = LossCounter()
         self._input_log: InputLog | None = None
         # A stopped simulated clock must stop neither diagnostics nor services.
         self.steady = Clock(clock_type=ClockType.STEADY_TIME)
@@ -275,10 +280,11 @@ class PolicyNode(GuardedNode):
     # Messages in.
 
     def _storing(self, name: str) -> Any:
-        def store(data: bytes) -> None:
+        def store(data: bytes, info: MessageInfo) -> None:
             core = self.core
             if core is None:
                 return
+            self.lost[name] += lost_before(self._losses, name, info)
             try:
                 if name == core.policy.spec.instruction and self._is_overruled(data):
                     return
@@ -531,7 +537,7 @@ class PolicyNode(GuardedNode):
         diagnostics.publish(self, self._diagnostics, [
             diagnostics.status(self, "policy", hardware, "; ".join(filter(None, causes)), values),
             *(diagnostics.status(self, f"sensor {name}", hardware, fault, seen)
-              for name, (fault, seen) in sensor_values(core, now_ns).items()),
+              for name, (fault, seen) in sensor_values(core, now_ns, self.lost).items()),
         ])  # fmt: skip
 
     def _time_of_sight(self, core: PolicyCore) -> int:

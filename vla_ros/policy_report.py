@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from vla_core.contract import NANOSECONDS
@@ -58,8 +58,13 @@ def percentiles(name: str, samples: Sequence[float]) -> dict[str, float | None]:
     return metrics.percentiles(name, found[-RECENT:])
 
 
-def sensor_values(core: PolicyCore, at_ns: int) -> dict[str, tuple[str, dict[str, float | int | str | None]]]:
-    """Per stream: what is wrong with it (empty: nothing), and its rate, age, duplicates and losses."""
+def sensor_values(
+    core: PolicyCore, at_ns: int, lost: Mapping[str, int]
+) -> dict[str, tuple[str, dict[str, float | int | str | None]]]:
+    """Per stream: what is wrong with it (empty: nothing), and its rate, age, duplicates and drops.
+
+    ``lost`` is what the middleware lost per stream, by the gaps in its publishers' numbers.
+    """
     out: dict[str, tuple[str, dict[str, float | int | str | None]]] = {}
     lines = [*core.builder.lost(core.buffer, at_ns), *core.builder.masked(core.buffer, at_ns)]
     reasons = {line.split(" ")[0]: line for line in lines}
@@ -70,6 +75,7 @@ def sensor_values(core: PolicyCore, at_ns: int) -> dict[str, tuple[str, dict[str
             "topic": stream.topic,
             "age_s": None if newest_ns is None else (at_ns - newest_ns) / NANOSECONDS,
             "expected_hz": stream.rate_hz,
+            "lost": lost.get(name, 0),
             **dataclasses.asdict(statistics),
         }
         out[name] = (reasons.get(name, ""), values)

@@ -42,7 +42,7 @@ from vla_core.data.recording import Arrival, ByteBudget, EarlyArrivals, LossCoun
 from vla_core.errors import VlaError
 from vla_core.observation.messages import header_stamp_ns, known_type
 from vla_ros import process
-from vla_ros.bridge import CHUNK_TOPIC, EPISODE_QOS, message_class, stream_qos
+from vla_ros.bridge import CHUNK_TOPIC, EPISODE_QOS, lost_before, message_class, stream_qos
 from vla_ros.msg import Episode
 from vla_ros.parameters import declare, value
 from vla_ros.queues import MEGABYTE, queue_depths
@@ -201,8 +201,7 @@ class RecorderNode(Node):
         """Queue a message for the bag of its episode; False when it is from after the open one's end."""
         type_name, latched = self._topics[topic]
         receive_ns = self._now_ns()
-        publisher = info["publisher_gid"] or {}
-        lost = self._losses.lost_before(topic, publisher.get("data", b""), info["publication_sequence_number"])
+        lost = lost_before(self._losses, topic, info)
         self._dropped[topic] += lost
         if latched:
             self._latched[topic] = data

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file
 from torch import Tensor, nn
 
 from vla_core.checkpoint import Checkpoint, CheckpointError, PolicyConfig
@@ -19,6 +20,8 @@ from vla_core.config import ConfigError, from_dict, to_dict
 from vla_core.contract import RobotContract
 from vla_core.data.dataset import DatasetError, convert
 from vla_core.errors import VlaError
+from vla_core.evaluation.parity import InputLog
+from vla_core.inspect import describe
 from vla_core.model.vla import VLAModel, build_model
 from vla_core.model.vla.sizes import columns, model_sizes
 from vla_core.model.vlm import HubTokenizer, build_tokenizer
@@ -133,6 +136,11 @@ def test_the_driving_model_takes_an_observation_of_the_vehicle(tmp_path: Path, o
     back = Checkpoint.load(tmp_path / "policy", **again)
     inputs = collate([blank, blind], back.normalizer, back.tokenizer, recipe.observation)
     assert torch.equal(back.model.predict(inputs), chunk)
+    log, policy = InputLog(), Policy(back)
+    log.add(blind, policy.predict(blind))
+    log.save(tmp_path / "inputs.safetensors", policy)
+    logged = load_file(tmp_path / "inputs.safetensors")
+    assert logged["sensor.lidar"].shape == (1, 64, 6) and not logged["sensor_mask.lidar"].any(), "of one size always"
     if own:
         with pytest.raises(VlaError, match="modules of its user's own for imu; build them and hand them over"):
             Checkpoint.load(tmp_path / "policy")
@@ -218,7 +226,8 @@ def test_a_loaded_policy_gets_adapters_and_is_saved_with_them(tmp_path: Path) ->
     loaded.model.enable_lora(r=3, alpha=6)
     loaded.save(tmp_path / "tuned")
     tuned = Checkpoint.load(tmp_path / "tuned")
-    assert tuned.config.model.language.lora.r == 3
+    assert tuned.config.model.language.lora.r == 3 and "trained)" in describe(tmp_path / "tuned")
+    assert "trained)" not in describe(tmp_path / "plain")
     assert tuned.model.state_dict().keys() == loaded.model.state_dict().keys()
 
 

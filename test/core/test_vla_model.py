@@ -82,7 +82,22 @@ def test_a_language_model_of_transformers_learns_with_adapters_and_comes_back(co
     assert model.config.language.lora.r == 2 and model.config.language.gradient_checkpointing
     back = again(model)
     assert torch.equal(chunk_of(back, inputs), chunk_of(model, inputs))
-    assert not back.vision.convolutions[0].weight.requires_grad, "frozen stays frozen"
+    trainable = [{n for n, p in m.named_parameters() if p.requires_grad} for m in (model, back)]
+    assert trainable[0] == trainable[1] and not any(n.startswith("vision.") for n in trainable[1])
+
+
+def test_adapters_thaw_what_was_frozen_and_a_frozen_language_model_still_recomputes() -> None:
+    model = VLAModel(vla_config(language=LLM))
+    for part in ("language", "head"):
+        model.freeze(part)
+    assert not any(p.requires_grad for n, p in model.named_parameters() if n.startswith(("language.", "head.")))
+    model.train()
+    assert model.language.training and not model.head.training
+    model.enable_lora(r=2, alpha=4)
+    assert model.config.frozen == ("head",)
+    expected = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert {n for n, p in again(model).named_parameters() if p.requires_grad} == expected
+    assert any("lora" in n for n in expected)
 
 
 def absent(inputs: ModelInputs, what: str, filler: float) -> ModelInputs:

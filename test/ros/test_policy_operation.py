@@ -258,3 +258,20 @@ def test_trajectories_go_out_whole_once_a_chunk(
         assert [p.time_from_start.nanosec for p in trajectory.points] == [k * 100_000_000 for k in range(8)]
     stop = sent[-1].points[0]
     assert (stop.pose.position.x, stop.pose.position.y, stop.speed) == (0.0, 0.0, 0.0)
+
+
+def test_what_the_middleware_lost_is_on_the_diagnostics(ros: Ros, checkpoint: Path, contract: RobotContract) -> None:
+    """The policy does not look for a while, and its queue of 80 Hz states holds half a second."""
+    policy, robot = acting(ros, checkpoint, contract)
+    ros.executor.remove_node(policy)
+    for k in range(200):
+        robot.observe(image=False, stamp_ns=robot.node.get_clock().now().nanoseconds + k)
+    ros.executor.add_node(policy)
+    robot.drive_until(lambda: policy.lost["state"] > 0, "the loss")
+    assert 200 - 60 <= policy.lost["state"] <= 200
+
+    def told() -> bool:
+        values = {v.key: v.value for s in robot.diagnostics if s.name.endswith("sensor state") for v in s.values}
+        return int(values.get("lost", 0)) == policy.lost["state"]
+
+    robot.drive_until(told, "the diagnostics")

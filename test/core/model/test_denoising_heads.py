@@ -79,7 +79,7 @@ BOTH = pytest.mark.parametrize(
     [
         DiffusionHeadConfig(context_drop=0.3, clip_sample=None, train_steps=1, inference_steps=1, prediction="v"),
         FlowHeadConfig(context_drop=0.3, inference_steps=1),
-        FlowHeadConfig(context_drop=0.3, inference_steps=1, denoiser="transformer"),
+        FlowHeadConfig(context_drop=0.3, inference_steps=1, denoiser="transformer", hidden_dim=16),
     ],
     ids=lambda c: f"{c.type}-{c.denoiser}",
 )
@@ -109,7 +109,7 @@ def test_scale_1_is_the_model_itself_and_scale_0_the_one_without_context(config:
         # Beside 1 the other branch is taken: it arrives at the same in the limit.
         torch.testing.assert_close(scaled(head, 1 + 1e-6).predict(tokens(), seeded()), itself, atol=1e-4, rtol=1e-4)
         alone = plain.predict(present(head.nothing.expand(5, D)), seeded())
-        torch.testing.assert_close(scaled(head, 0.0).predict(tokens(), seeded()), alone)
+        torch.testing.assert_close(scaled(head, 0.0).predict(tokens(), seeded()), alone, atol=1e-4, rtol=1e-4)
 
 
 @BOTH

@@ -210,20 +210,24 @@ class VLAModel(PolicyModel):
                 part.enable_gradient_checkpointing()
 
     def enable_lora(self, r: int = 16, alpha: float = 32.0) -> None:
-        """Train adapters of rank ``r`` in place of the language model's weights."""
+        """Train adapters of rank ``r`` in place of the language model's weights, which may have been frozen."""
         if not hasattr(self.language, "enable_lora"):
             raise VlaError(f"LoRA: the language model {self.language.config.type!r} takes no adapters; choices: llm")
         self.language.enable_lora(LoRAConfig(r=r, alpha=alpha))
+        kept = tuple(part for part in self._config.frozen if part != "language")
+        self._config = dataclasses.replace(self._config, frozen=kept)
 
     def freeze(self, part: str) -> None:
-        """Train nothing of ``part``, one of ``parts``; it stays in eval mode."""
+        """Train nothing of ``part``, one of ``parts``; all but a language model stay in eval mode."""
         self._config = dataclasses.replace(self._config, frozen=tuple(dict.fromkeys((*self._config.frozen, part))))
         self._freeze_parts()
 
     def train(self, mode: bool = True) -> VLAModel:
         super().train(mode)
         for name in self._config.frozen:
-            self.get_submodule(name).eval()
+            part = self.get_submodule(name)
+            if not hasattr(part, "freeze"):  # one that has it knows: in eval mode no activation is recomputed
+                part.eval()
         return self
 
     def _freeze_parts(self) -> None:
@@ -232,8 +236,11 @@ class VLAModel(PolicyModel):
             if part is None:
                 there = [other for other in self.parts if getattr(self, other, None) is not None]
                 raise ConfigError(f"frozen: no part {name!r}; choices: {choices(there)}")
-            part.requires_grad_(False)
-            part.eval()
+            if hasattr(part, "freeze"):
+                part.freeze()
+            else:
+                part.requires_grad_(False)
+                part.eval()
 
 
 class _Memory(nn.Module):
