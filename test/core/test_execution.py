@@ -417,3 +417,18 @@ def test_other_strategies_sample_freely() -> None:
     for strategy in ("receding", "ensemble", "blend"):
         target = fed(GUIDED[0], Execution().changed({"strategy": strategy, "steps": 1}))
         assert all(target.infer(observe(target, k)).continues is None for k in range(3))
+
+
+@pytest.mark.parametrize("commanded", [True, False])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_chunk_that_is_replaced_before_its_first_command_breaks_nothing(strategy: str, commanded: bool) -> None:
+    """Two chunks between two control ticks: the first of them was never commanded."""
+    metrics = figures(1, 0.5)
+    target = executor(strategy, metrics)
+    for stamp, value in ((0, 0.0), (10, 0.25), (20, 0.5)):
+        target.push(ActionChunk(stamp, STEP_NS, np.full((9, 1), value)))
+        if stamp == 0 and commanded:
+            assert target.action(0) is not None
+    found = target.action(20)
+    assert found is not None and 0.0 <= float(found[0][0]) <= 0.5 and found[1].observation_stamp_ns == 20
+    assert len(metrics.values("boundary_jump")) == 1

@@ -169,10 +169,12 @@ def _blend(held: Sequence[_Held], at_ns: int, steps: int) -> np.ndarray:
     """
     values: np.ndarray | None = None
     for one in held:
-        if one.taken_ns is None or not one.chunk.covers(at_ns):
+        # A chunk that a newer one replaced before it was commanded takes no part; the last one takes over now.
+        taken_ns = at_ns if one is held[-1] and one.taken_ns is None else one.taken_ns
+        if taken_ns is None or not one.chunk.covers(at_ns):
             continue
         row: np.ndarray = one.chunk.actions[one.chunk.row(at_ns)]
-        passed = (at_ns - one.taken_ns) // one.chunk.step_ns
+        passed = (at_ns - taken_ns) // one.chunk.step_ns
         share = min(1.0, (passed + 1) / (steps + 1))
         values = row if values is None or share == 1.0 else values + share * (row - values)
     assert values is not None, "the newest chunk covers this tick and was taken over"
