@@ -7,9 +7,18 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from rclpy.event_handler import SubscriptionEventCallbacks
 from rclpy.node import Node
 from rclpy.publisher import Publisher
-from rclpy.qos import DurabilityPolicy, HistoryPolicy, QoSPolicyKind, QoSProfile, ReliabilityPolicy
+from rclpy.qos import (
+    DurabilityPolicy,
+    HistoryPolicy,
+    QoSCompatibility,
+    QoSPolicyKind,
+    QoSProfile,
+    ReliabilityPolicy,
+    qos_check_compatible,
+)
 from rclpy.qos_overriding_options import QoSOverridingOptions
 from rclpy.subscription import MessageInfo, Subscription
 
@@ -59,6 +68,18 @@ def lost_before(losses: LossCounter, topic: str, info: MessageInfo) -> int:
     return losses.lost_before(topic, publisher.get("data", b""), info["publication_sequence_number"])
 
 
+def misfit(node: Node, stream: Stream) -> str:
+    """Why a publisher of a stream's topic is not heard: another type, or a QoS that does not fit; empty when none."""
+    for publisher in node.get_publishers_info_by_topic(stream.topic):
+        who = f"node {publisher.node_name} publishes"
+        if publisher.topic_type != stream.type:
+            return f"{who} {publisher.topic_type}, the contract says {stream.type}"
+        verdict, reason = qos_check_compatible(publisher.qos_profile, stream_qos(stream))
+        if verdict == QoSCompatibility.ERROR:
+            return f"{who} with a QoS that does not fit: {reason.rstrip('; ')}"
+    return ""
+
+
 def subscribe_stream(
     node: Node, stream: Stream, callback: Callable[[bytes], None], depth: int | None = None
 ) -> Subscription:
@@ -70,6 +91,9 @@ def subscribe_stream(
         return node.create_subscription(
             message_class(stream.type), stream.topic, callback, stream_qos(stream, depth), raw=True,
             qos_overriding_options=QOS_OVERRIDES,
+        # rclpy's own events would only log a QoS that does not fit, and cost the executor a handle each at every
+        # message: :func:`misfit` finds it, and the other type too.
+        event_callbacks=SubscriptionEventCallbacks(use_default_callbacks=False),
         )  # fmt: skip
     except RuntimeError as error:
         topic = node.resolve_topic_name(stream.topic)

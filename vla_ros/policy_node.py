@@ -49,6 +49,7 @@ from vla_ros.bridge import (
     COMMAND_QOS,
     command_publishers,
     lost_before,
+    misfit,
     stream_qos,
     subscribe_episodes,
     subscribe_stream,
@@ -526,7 +527,7 @@ class PolicyNode(GuardedNode):
         core = self.core
         if core is None:
             return
-        causes = [*self.faults.take(), *self._waiting(core), self._type_conflict(core)]
+        causes = [*self.faults.take(), *self._waiting(core), self._misfit(core)]
         values = {
             "checkpoint": self._fingerprint, "active": self._active, "strategy": core.executor.execution.strategy,
             **self.counts.as_dict(), **percentiles("inference_ms", core.inference_ms),
@@ -554,15 +555,12 @@ class PolicyNode(GuardedNode):
         lost = core.builder.lost(core.buffer, self._time_of_sight(core))
         return [*(f"waiting for a subscriber of {topic}" for topic in unheard), *lost]
 
-    def _type_conflict(self, core: PolicyCore) -> str:
-        """Name a topic that somebody publishes with another type: the middleware would only stay silent about it."""
+    def _misfit(self, core: PolicyCore) -> str:
+        """Name a publisher that is not heard: the middleware would only stay silent about it."""
         for name, stream in core.builder.streams.items():
-            if core.buffer.newest_ns(name) is not None:
-                continue
-            for publisher in self.get_publishers_info_by_topic(stream.topic):
-                if publisher.topic_type != stream.type:
-                    return (f"{name} ({stream.topic}): node {publisher.node_name} publishes {publisher.topic_type}, "
-                            f"the contract says {stream.type}")  # fmt: skip
+            reason = misfit(self, stream) if core.buffer.newest_ns(name) is None else ""
+            if reason:
+                return f"{name} ({stream.topic}): {reason}"
         return ""
 
     def _write_logs(self, core: PolicyCore) -> None:

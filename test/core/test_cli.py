@@ -144,7 +144,9 @@ def test_bags(made: Path, fails: Fails) -> None:
     assert "no bag here" in fails("convert", "policy", *out)
     assert "image" in fails("convert", "bags", "--out", "new"), "the default recipe sees what the toy robot lacks"
     assert "set exists already" in fails("convert", "bags", "--out", "set", "--recipe", "toy.yaml")
-    assert "'nobody'; choices: arm, diff_drive, metaworld_sawyer" in fails("convert", "bags", *out, "--contract", "nobody")
+    assert "'nobody'; choices: arm, diff_drive, metaworld_sawyer" in fails(
+        "convert", "bags", *out, "--contract", "nobody"
+    )
     assert "the contracts disagree" in fails("convert", "bags", *out, "--contract", "metaworld_sawyer")
     (file,) = (made / "bags" / "two").glob("*.mcap")
     os.truncate(file, file.stat().st_size // 2)

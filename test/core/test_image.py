@@ -211,3 +211,16 @@ def test_resize_keeps_equal_sizes_and_averages_areas() -> None:
     assert np.abs(resize(noise, 6, 5).astype(float) - blocks).max() <= 0.5 + 1e-9
     flat = np.full((4, 4, 3), 77, dtype=np.uint8)
     assert resize(flat, 9, 7).shape == (9, 7, 3) and (resize(flat, 9, 7) == 77).all()
+
+
+@given(st.integers(1, 60), st.integers(1, 60), st.integers(1, 12), st.integers(1, 12), st.integers(0, 99))
+def test_halving_first_is_the_same_area_average(height: int, width: int, by_h: int, by_w: int, seed: int) -> None:
+    """Against the mean of each box in float64, for sizes that are whole multiples of the target's."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (height * by_h, width * by_w, 3), dtype=np.uint8)
+    boxes = pixels.reshape(height, by_h, width, by_w, 3).astype(np.float64).mean(axis=(1, 3))
+    assert np.abs(resize(pixels, height, width) - boxes).max() <= 1.5
+
+
+def test_one_halving_changes_no_bit() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (128, 128, 3), dtype=np.uint8)
+    np.testing.assert_array_equal(resize(pixels, 64, 64), cv2.resize(pixels, (64, 64), interpolation=cv2.INTER_AREA))

@@ -32,6 +32,7 @@ from .helpers import START
 from .test_batch import tokenizer
 from .test_vla_model import HEADS, PROJECTORS
 from .whole_models import ACTION, CLOUD, FRONT, HORIZON, IMU, LLM, chunk, chunk_of, fake, sensor_config
+from .whole_models import one_thread as one_thread
 
 SENSORS = ("lidar", "radar", "imu", "doppler")
 FUSIONS = {

@@ -6,7 +6,6 @@ import importlib
 import json
 import subprocess
 import sys
-import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -173,22 +172,17 @@ def test_a_model_of_a_plugin_is_trained_and_run_by_the_command_line(plugin: Path
         "training": {"steps": 2, "batch_size": 8},
     }  # fmt: skip
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
-    program = textwrap.dedent(f"""
-        import sys
-        sys.path.insert(0, {str(plugin)!r})
-        from vla_core.cli import main
-        for words in {
-        [
-            "convert bags --out data --recipe recipe.yaml",
-            "train recipe.yaml --dataset data --out policy",
-            "replay policy bags/one --out replayed",
-            "inspect policy --sensitivity data",
-        ]!r
-    }:
-            assert main(words.split()) == 0, words
-    """)
-    root = Path(__file__).parents[2]
-    run = subprocess.run([sys.executable, "-c", f"import sys; sys.path.insert(0, {str(root)!r})\n{program}"],
-                         cwd=tmp_path, capture_output=True, text=True, timeout=120)  # fmt: skip
+    commands = [
+        "convert bags --out data --recipe recipe.yaml",
+        "train recipe.yaml --dataset data --out policy",
+        "replay policy bags/one --out replayed",
+        "inspect policy --sensitivity data",
+    ]
+    program = (
+        f"import sys; sys.path[:0] = {[str(plugin), str(Path(__file__).parents[2])]!r}\n"
+        "from vla_core.cli import main\n"
+        f"for words in {commands!r}: assert main(words.split()) == 0, words\n"
+    )
+    run = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr[-3000:]
     assert json.loads((tmp_path / "policy" / "config.json").read_text())["model"]["vision"]["type"] == "patches"

@@ -37,6 +37,7 @@ from vla_core.training.trainer import train
 
 from .helpers import CONTRACT, SPEC, START, dataset, stream_messages, write_bag
 from .whole_models import LLM, vla_config
+from .whole_models import one_thread as one_thread
 
 PRESETS = sorted(path.stem for path in share("config/models").glob("*.yaml"))
 VEHICLE = RobotContract.load("vehicle")

@@ -23,6 +23,7 @@ from vla_core.observation.spec import ImageSize
 from vla_core.runtime.policy import Policy
 
 from .helpers import IMAGE, START, STEP, arm, command, mark, task, with_stream, write_bag
+from .whole_models import one_thread as one_thread
 
 CONTRACT = with_stream("camera", rate_hz=100.0)
 SIDE = 8

@@ -21,6 +21,7 @@ from vla_core.model.vlm import AttentionPoolingConfig, MLPProjectorConfig, Perce
 from vla_core.model.vlm.vision_encoder import TinyCNNConfig
 
 from .whole_models import HORIZON, LLM, chunk, chunk_of, fake, vla_config
+from .whole_models import one_thread as one_thread
 
 PROJECTORS = {
     "mlp": MLPProjectorConfig(),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -28,6 +30,15 @@ LLM = LLMConfig(
                   "num_key_value_heads": 1, "vocab_size": 12, "pad_token_id": 0},
 )  # fmt: skip
 FRONT = (0.0, 0.0, 1.0, -0.5, 0.5, -0.5, 0.5)  # an optical frame that looks along x
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Matrices of 16 columns are slower on two threads, and much slower where something else runs."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def vla_config(**changes: Any) -> VLAConfig:

@@ -102,6 +102,13 @@ def resize(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
     """(H, W, 3) uint8 to (height, width, 3) uint8, area-averaged when shrinking and bilinear when growing."""
     if pixels.shape[:2] == (height, width):
         return pixels
+    # Halves first: OpenCV averages 2 x 2 pixels several times faster than any other box, to rounding the same.
+    while all(
+        size % 2 == 0 and size >= 2 * wanted for size, wanted in zip(pixels.shape, (height, width), strict=False)
+    ):
+        pixels = cv2.resize(pixels, (pixels.shape[1] // 2, pixels.shape[0] // 2), interpolation=cv2.INTER_AREA)
+    if pixels.shape[:2] == (height, width):
+        return pixels
     shrinking = height * width < pixels.shape[0] * pixels.shape[1]
     return cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA if shrinking else cv2.INTER_LINEAR)
 
