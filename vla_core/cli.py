@@ -219,13 +219,10 @@ def _evaluate(parsed: argparse.Namespace) -> int:
 def _latency(parsed: argparse.Namespace) -> int:
     import dataclasses
 
-    import torch
-
     from vla_core.evaluation import plots
     from vla_core.evaluation.latency_bench import BenchOptions, bench
     from vla_core.progress import bar
 
-    torch.set_num_threads(1)  # its matrices are small
     options = BenchOptions(jitter=parsed.jitter, trials=parsed.trials, seed=parsed.seed, head=parsed.head)
     if parsed.strategy:
         options = dataclasses.replace(options, strategies=tuple(parsed.strategy))

@@ -1,4 +1,4 @@
-"""What a model of this package is measured against: the same arithmetic as anybody writes it with transformers and torch.
+"""What a model of this package is measured against: the same arithmetic, written with transformers and plain torch.
 
 Plain modules in a row, without masks, registries or caches. Sizes come from the same configuration; weights are random.
 """
@@ -6,6 +6,7 @@ Plain modules in a row, without masks, registries or caches. Sizes come from the
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ def mlp(*widths: int, act: type[nn.Module] = nn.ReLU) -> nn.Sequential:
 def normed_mlp(*widths: int) -> nn.Sequential:
     """PointNet's shared layers."""
     return nn.Sequential(
-        *(part for a, b in zip(widths[:-1], widths[1:], strict=True)
+        *(part for a, b in pairwise(widths)
           for part in (nn.Linear(a, b), nn.LayerNorm(b), nn.ReLU()))
     )  # fmt: skip
 
@@ -85,7 +86,7 @@ class TinyVision(nn.Module):
         self.output_dim = config.output_dim
         layers: list[nn.Module] = []
         widths = (3, *config.channels)
-        for i, (a, b) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+        for i, (a, b) in enumerate(pairwise(widths)):
             kernel = 3 if i else 5
             layers += [nn.Conv2d(a, b, kernel, stride=2, padding=kernel // 2), nn.ReLU()]
         self.convolutions = nn.Sequential(*layers)
@@ -144,7 +145,7 @@ class Language(nn.Module):
         self.width = record.hidden_size
         self.model = transformers.AutoModel.from_config(record, dtype=self.dtype)
         if config.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            self.model.activation_checkpointing_enable({"use_reentrant": False})
         if config.lora is not None:
             import peft
 
@@ -375,7 +376,7 @@ class Pillars(nn.Module):
 
     def __init__(self, config: Any, columns: int, axes: int) -> None:
         super().__init__()
-        self.config, self.axes, self.extra = config, axes, 2 * axes - columns
+        self.config, self.axes = config, axes
         self.net = normed_mlp(columns + axes, config.width, config.width)
 
     def forward(self, cloud: Tensor, pose: Tensor) -> Tensor:

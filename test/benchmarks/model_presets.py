@@ -136,17 +136,13 @@ def chunk_of(case: Case, batch: int) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def encode(model: Any, inputs: ModelInputs) -> None:
-    """Observations to context, for either kind of model; the instruction is computed anew."""
-    if isinstance(model, PlainVLA):
-        model(inputs)
-    else:
-        model.prefix_cache.clear()
-        model.encode(inputs)
+    """Observations to context, for either kind of model; one in training mode runs its whole sequence at once."""
+    model(inputs) if isinstance(model, PlainVLA) else model.encode(inputs)
 
 
-def predict(model: Any, inputs: ModelInputs) -> None:
-    """Observations to a chunk; the instruction is computed anew."""
-    if not isinstance(model, PlainVLA):
+def predict(model: Any, inputs: ModelInputs, *, anew: bool = False) -> None:
+    """Observations to a chunk; ``anew``: as in the first control step with an instruction."""
+    if anew and not isinstance(model, PlainVLA):
         model.prefix_cache.clear()
     model.predict(inputs)
 

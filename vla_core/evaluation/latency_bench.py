@@ -12,7 +12,8 @@ Time is simulated: latencies are numbers, and a run repeats exactly for a seed.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -205,6 +206,18 @@ class BenchOptions:
     steps: int = 10
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Matrices this small only wait for a second thread; what runs afterwards gets its threads back."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@_one_thread()
 def bench(
     options: BenchOptions, progress: Callable[[int, str], None] = lambda done, note: None
 ) -> list[dict[str, Any]]:

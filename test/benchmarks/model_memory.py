@@ -1,0 +1,36 @@
+"""``python -m test.benchmarks.model_memory PRESET ours|plain``: the peak memory of one process, as a line of JSON.
+
+Of ``predict``, then of ``predict`` and a training step, in MB above what the libraries took before there was a model.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from test.benchmarks.model_presets import CASES, chunk_of, inputs_of, make, make_plain, predict, train
+
+
+def peak_mb() -> float:
+    """The most that was resident so far, of this program alone: ru_maxrss would count the parent before it, too."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e6
+
+
+def main(preset: str, side: str) -> None:
+    """Measure one side of a preset."""
+    torch.set_num_threads(1)
+    case = CASES[preset]
+    before = peak_mb()
+    model = {"ours": make, "plain": make_plain}[side](case).eval()
+    predict(model, inputs_of(case))
+    predicted = peak_mb()
+    train(model.train(), inputs_of(case, case.train_batch), *chunk_of(case, case.train_batch))
+    print(json.dumps({"predict": predicted - before, "train": peak_mb() - before}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
