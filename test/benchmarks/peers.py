@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 from collections import deque
 from collections.abc import Callable
@@ -110,6 +111,7 @@ def predict_for_ever(checkpoint: Path) -> None:
     from test.benchmarks.policies import predict_ms
     from vla_core.runtime.policy import Policy
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it otherwise
     policy = Policy.load(checkpoint)
     times_ms: list[float] = []
     try:
