@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import sys
 import threading
 from collections import Counter, deque
@@ -62,6 +63,7 @@ from vla_ros.parameters import choice, declare, value
 from vla_ros.policy_report import RECENT, Counts, Faults, percentiles, sensor_values
 
 SYNCHRONOUS_POLL_S = 0.02
+WORKER_NICE = 10
 JUMP_NS = NANOSECONDS // 2  # a clock that differs by more from the steady one, between two ticks, has jumped
 
 
@@ -400,6 +402,8 @@ class PolicyNode(GuardedNode):
         """The worker: a new chunk whenever one is due and there is a newer observation."""
         core = self.core
         assert core is not None
+        # The model yields the cores to the control clock; on Linux a thread has a nice value of its own.
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), WORKER_NICE)
         while self._active:
             self._wake.wait()
             self._wake.clear()
