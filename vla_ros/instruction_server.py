@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from rclpy.action.server import ActionServer, CancelResponse, GoalResponse
 from rclpy.node import Node
@@ -13,35 +13,19 @@ from vla_core.errors import VlaError
 from vla_ros.action import RunInstruction
 from vla_ros.parameters import value
 
+if TYPE_CHECKING:
+    from vla_ros.policy_node import PolicyNode
+
 PERIOD_S = 0.2  # of feedback, and of looking at the time
 
 Result = RunInstruction.Result
 
 
-class Actor(Protocol):
-    """What the server needs of the policy node."""
-
-    @property
-    def configured(self) -> bool: ...
-
-    @property
-    def active(self) -> bool: ...
-
-    @property
-    def fault(self) -> str: ...
-
-    def start(self) -> str: ...
-
-    def pause(self) -> str: ...
-
-    def instruct(self, text: str) -> None: ...
-
-
 class InstructionServer:
     """One goal at a time; a newer one takes over, and at its end the node stops acting."""
 
-    def __init__(self, node: Any) -> None:
-        self._node: Any = node  # a Node and an Actor
+    def __init__(self, node: PolicyNode) -> None:
+        self._node = node
         self._done: Future | None = None
         self._instruction = ""  # of the goal that runs; empty: it keeps what is there
         self._server = ActionServer(
@@ -124,7 +108,9 @@ class InstructionServer:
 class _Run:
     """The times of one goal."""
 
-    def __init__(self, node: Any, handle: Any, start_ns: int, limit_ns: int, commands: int, done: Future) -> None:
+    def __init__(
+        self, node: PolicyNode, handle: Any, start_ns: int, limit_ns: int, commands: int, done: Future
+    ) -> None:
         self.node, self.handle, self.limit_ns, self.done = node, handle, limit_ns, done
         self._start_ns, self._first = start_ns, commands
         self._seen, self._steady_ns = commands, node.steady.now().nanoseconds

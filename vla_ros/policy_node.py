@@ -19,6 +19,7 @@ import os
 import sys
 import threading
 from collections import Counter, deque
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -402,8 +403,10 @@ class PolicyNode(GuardedNode):
         """The worker: a new chunk whenever one is due and there is a newer observation."""
         core = self.core
         assert core is not None
-        # The model yields the cores to the control clock; on Linux a thread has a nice value of its own.
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), WORKER_NICE)
+        # The model yields the cores to the control clock; on Linux a thread has a nice value of its own. Where a
+        # sandbox forbids it the model still computes, only less politely.
+        with suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), WORKER_NICE)
         while self._active:
             self._wake.wait()
             self._wake.clear()

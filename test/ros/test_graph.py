@@ -171,3 +171,16 @@ def test_when_must_be_true_or_false(tmp_path: Path) -> None:
     """
     with pytest.raises(ConfigError, match=r"nodes\[0\].when: found 'me', expected true, false"):
         resolve(load_graph(written(tmp_path, text)), {})
+
+
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [
+        ("policy", {"checkpoint": "c"}),
+        ("record", {"contract": "arm"}),
+        ("replay", {"bag": "b", "checkpoint": "c"}),
+    ],
+)
+def test_the_shipped_graphs_put_every_node_where_the_caller_says(name: str, given: dict[str, str]) -> None:
+    nodes = resolve(load_graph(name), {**given, "namespace": "left", "remap": "a:=b"})
+    assert nodes and all(node.namespace == "left" and node.remappings["a"] == "b" for node in nodes)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from vla_ros.msg import Trajectory
 
 from vla_core.contract import Action, RobotContract, Safety
 from vla_ros.bridge import COMMAND_QOS, candidate_topic
-from vla_ros.policy_node import PolicyNode
+from vla_ros.policy_node import WORKER_NICE, PolicyNode
 
 from .conftest import Ros, parameters
 from .robot import Robot, make_policy
@@ -275,3 +277,10 @@ def test_what_the_middleware_lost_is_on_the_diagnostics(ros: Ros, checkpoint: Pa
         return int(values.get("lost", 0)) == policy.lost["state"]
 
     robot.drive_until(told, "the diagnostics")
+
+
+def test_the_model_yields_to_the_control_clock(ros: Ros, checkpoint: Path, contract: RobotContract) -> None:
+    policy, _ = acting(ros, checkpoint, contract)
+    assert policy._worker is not None and policy._worker.native_id is not None
+    mine = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+    assert os.getpriority(os.PRIO_PROCESS, policy._worker.native_id) == max(mine, WORKER_NICE)
