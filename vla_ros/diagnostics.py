@@ -19,16 +19,22 @@ def publisher(node: Node) -> Publisher:
     return node.create_publisher(DiagnosticArray, TOPIC, 10)
 
 
-def status(node: Node, part: str, hardware: str, fault: str, values: Mapping[str, Any], level: bytes = WARN) -> Any:
-    """One status: ``level`` and the text ``fault`` when there is one, else OK; ``values`` become text."""
+def status(
+    node: Node, part: str, values: Mapping[str, Any], message: str, level: bytes = OK, hardware: str = ""
+) -> DiagnosticStatus:
+    """One status of a ``part`` of the node; ``values`` become text, and ``message`` says how it is in a line."""
     return DiagnosticStatus(
-        name=f"{node.get_fully_qualified_name()}: {part}", hardware_id=hardware,
-        level=level if fault else OK, message=fault or "ok",
+        name=f"{node.get_fully_qualified_name()}: {part}", hardware_id=hardware, level=level, message=message,
         values=[KeyValue(key=key, value=_text(value)) for key, value in values.items()],
     )  # fmt: skip
 
 
-def publish(node: Node, to: Publisher, statuses: list[Any]) -> None:
+def fault_status(node: Node, part: str, values: Mapping[str, Any], fault: str, hardware: str) -> DiagnosticStatus:
+    """A status that warns of ``fault``, or says ok when there is none."""
+    return status(node, part, values, fault or "ok", WARN if fault else OK, hardware)
+
+
+def publish(node: Node, to: Publisher, statuses: list[DiagnosticStatus]) -> None:
     """Send statuses with the node's time."""
     message = DiagnosticArray(status=statuses)
     message.header.stamp = node.get_clock().now().to_msg()

@@ -18,7 +18,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
 from rclpy.clock import Clock as RosClock
 from rclpy.clock_type import ClockType
 from rclpy.duration import Duration
@@ -36,7 +35,7 @@ from vla_core.data.bag import BagError, RecordedTopic, Serialized
 from vla_core.data.episodes import EPISODE_TOPIC
 from vla_core.data.playback import Playhead, ReadAhead, latched_before
 from vla_core.errors import VlaError, choices
-from vla_ros import process
+from vla_ros import diagnostics, process
 from vla_ros.bridge import message_class
 from vla_ros.parameters import declare, value
 from vla_ros.queues import MEGABYTE, queue_depths
@@ -92,7 +91,7 @@ class PlayerNode(Node):
         for name, callback in (("pause", self._on_pause), ("resume", self._on_resume), ("stop", self._on_stop),
                                ("toggle_paused", self._on_toggle), ("is_paused", self._on_is_paused)):  # fmt: skip
             self.create_service(Trigger, f"~/{name}", callback)
-        self._diagnostics = self.create_publisher(DiagnosticArray, "/diagnostics", 10)
+        self._diagnostics = diagnostics.publisher(self)
         self.create_timer(1.0, self._publish_diagnostics, clock=RosClock(clock_type=ClockType.STEADY_TIME))
 
     def stop(self) -> None:
@@ -247,23 +246,18 @@ class PlayerNode(Node):
 
     def _publish_diagnostics(self) -> None:
         lag_ns, self._lag_ns = self._lag_ns, 0
-        level, message = DiagnosticStatus.OK, "paused" if self._head.paused else "playing"
+        level, message = diagnostics.OK, "paused" if self._head.paused else "playing"
         if lag_ns > LAG_NS:
             message = f"cannot keep up: {lag_ns / NANOSECONDS:.2f} s behind; choose fewer topics or a lower rate"
-            level = DiagnosticStatus.WARN
+            level = diagnostics.WARN
             self.get_logger().warning(message, throttle_duration_sec=10.0)
         values = {
             "bag": self._path, "paused": self._head.paused, "position_s": (self._bag_ns - self._first_ns) / NANOSECONDS,
             "length_s": (self._end_ns - self._first_ns) / NANOSECONDS, "rate": value(self, "rate"),
             "passes": self._passes, "messages": self._messages, "lag_ms": lag_ns / 1e6,
         }  # fmt: skip
-        status = DiagnosticStatus(
-            name=f"{self.get_fully_qualified_name()}: player", level=level, message=message,
-            values=[KeyValue(key=key, value=str(found)) for key, found in values.items()],
-        )  # fmt: skip
-        array = DiagnosticArray(status=[status])
-        array.header.stamp = self.get_clock().now().to_msg()
-        self._diagnostics.publish(array)
+        status = diagnostics.status(self, "player", values, message, level)
+        diagnostics.publish(self, self._diagnostics, [status])
 
 
 def offered_qos(topic: RecordedTopic, depth: int) -> QoSProfile:

@@ -543,8 +543,8 @@ class PolicyNode(GuardedNode):
         now_ns = self._time_of_sight(core)
         hardware = core.contract.name
         diagnostics.publish(self, self._diagnostics, [
-            diagnostics.status(self, "policy", hardware, "; ".join(filter(None, causes)), values),
-            *(diagnostics.status(self, f"sensor {name}", hardware, fault, seen)
+            diagnostics.fault_status(self, "policy", values, "; ".join(filter(None, causes)), hardware),
+            *(diagnostics.fault_status(self, f"sensor {name}", seen, fault, hardware)
               for name, (fault, seen) in sensor_values(core, now_ns, self.lost).items()),
         ])  # fmt: skip
 

@@ -24,7 +24,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
 from rclpy.clock import Clock
 from rclpy.clock_type import ClockType
 from rclpy.node import Node
@@ -41,7 +40,7 @@ from vla_core.data.episodes import EPISODE_STATES, EPISODE_TOPIC, EPISODE_TYPE
 from vla_core.data.recording import Arrival, ByteBudget, EarlyArrivals, LossCounter, Recording, RecordingThread
 from vla_core.errors import VlaError
 from vla_core.observation.messages import header_stamp_ns, known_type
-from vla_ros import process
+from vla_ros import diagnostics, process
 from vla_ros.bridge import CHUNK_TOPIC, EPISODE_QOS, lost_before, message_class, stream_qos
 from vla_ros.msg import Episode
 from vla_ros.parameters import declare, value
@@ -120,7 +119,7 @@ class RecorderNode(Node):
             self._subscribe(feed, depth)
         for name, callback in (("start", self._on_start), ("stop", self._on_stop), ("discard", self._on_discard)):
             self.create_service(Trigger, f"~/{name}", callback)
-        self._diagnostics = self.create_publisher(DiagnosticArray, "/diagnostics", 10)
+        self._diagnostics = diagnostics.publisher(self)
         steady = Clock(clock_type=ClockType.STEADY_TIME)  # a stopped simulated clock must not stop the checks
         self.create_timer(CHECK_PERIOD_S, self._check, clock=steady)
         # Last: its presence on the graph tells others that the recorder is ready.
@@ -325,27 +324,22 @@ class RecorderNode(Node):
         self._reported = (self._bytes, dropped, now_ns)
         rate = (self._bytes - bytes_before) * NANOSECONDS / max(1, now_ns - before_ns)
         path = str(self._recording.path) if self._recording is not None else ""
-        level, message = DiagnosticStatus.OK, f"recording {path}" if path else "waiting for an episode"
+        level, message = diagnostics.OK, f"recording {path}" if path else "waiting for an episode"
         if dropped > dropped_before:
             topics = ", ".join(f"{topic}: {count}" for topic, count in sorted((+self._dropped).items()))
-            level, message = DiagnosticStatus.WARN, f"messages were lost: {topics}"
+            level, message = diagnostics.WARN, f"messages were lost: {topics}"
         if self._refused:
-            level, message = DiagnosticStatus.WARN, self._refused
+            level, message = diagnostics.WARN, self._refused
         if refusal:
-            level, message = DiagnosticStatus.ERROR, f"nothing can be recorded: {refusal}"
+            level, message = diagnostics.ERROR, f"nothing can be recorded: {refusal}"
         values = {
             "recording": bool(path), "bag": path, "bags": len(self.bags), "messages": self._messages,
             "bytes": self._bytes, "bytes_per_s": round(rate), "dropped": dropped,
             "waiting_bytes": self._thread.budget.used, "free_disk_bytes": self._free_bytes(),
             **{f"dropped {topic}": count for topic, count in sorted((+self._dropped).items())},
         }  # fmt: skip
-        status = DiagnosticStatus(
-            name=f"{self.get_fully_qualified_name()}: recorder", hardware_id=self.contract.name, level=level,
-            message=message, values=[KeyValue(key=key, value=str(found)) for key, found in values.items()],
-        )  # fmt: skip
-        array = DiagnosticArray(status=[status])
-        array.header.stamp = self.get_clock().now().to_msg()
-        self._diagnostics.publish(array)
+        status = diagnostics.status(self, "recorder", values, message, level, self.contract.name)
+        diagnostics.publish(self, self._diagnostics, [status])
 
     def _now_ns(self) -> int:
         return int(self.get_clock().now().nanoseconds)

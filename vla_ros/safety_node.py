@@ -16,7 +16,6 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
 from rclpy.clock import Clock
 from rclpy.clock_type import ClockType
 from rclpy.duration import Duration
@@ -25,15 +24,15 @@ from std_srvs.srv import Trigger
 from vla_core.contract import NANOSECONDS
 from vla_core.errors import VlaError
 from vla_core.runtime.safety import Frame, SafetyStage
-from vla_ros import process
+from vla_ros import diagnostics, process
 from vla_ros.bridge import COMMAND_QOS, candidate_topic, command_publishers, message_class, subscribe_stream
 from vla_ros.lifecycle import GuardedNode, run
 from vla_ros.parameters import contract_of, declare, value
 
 ACK_TIMEOUT = Duration(seconds=1)
 CALM_S = 0.1  # least time between two diagnostics that are about no stop
-LEVELS = {"waiting": DiagnosticStatus.OK, "passing": DiagnosticStatus.OK, "intervening": DiagnosticStatus.WARN,
-          "stopping": DiagnosticStatus.ERROR, "latched": DiagnosticStatus.ERROR}  # fmt: skip
+LEVELS = {"waiting": diagnostics.OK, "passing": diagnostics.OK, "intervening": diagnostics.WARN,
+          "stopping": diagnostics.ERROR, "latched": diagnostics.ERROR}  # fmt: skip
 
 
 class SafetyNode(GuardedNode):
@@ -63,7 +62,7 @@ class SafetyNode(GuardedNode):
         self._simulated = bool(value(self, "use_sim_time"))
         self.stage = stage = SafetyStage(self.contract, self._simulated)
         self._command_publishers = command_publishers(self, self.contract)
-        self._diagnostics = self.create_publisher(DiagnosticArray, "/diagnostics", 10)
+        self._diagnostics = diagnostics.publisher(self)
         self._held = [(self.destroy_publisher, p) for p in (*self._command_publishers.values(), self._diagnostics)]
         # Sensors go first: the executor hands out in this order what waits at the same time. Only the newest counts.
         for name in stage.sensors:
@@ -182,7 +181,7 @@ class SafetyNode(GuardedNode):
         shown = (self.stage.state, "; ".join(self.stage.faults()))
         if shown == self._shown:
             return
-        stops = [LEVELS[state] == DiagnosticStatus.ERROR for state in (shown[0], self._shown[0])]
+        stops = [LEVELS[state] == diagnostics.ERROR for state in (shown[0], self._shown[0])]
         if not any(stops) and time.monotonic() - self._shown_s < CALM_S:
             return  # a clamp that comes and goes with every command
         self._shown = shown
@@ -201,14 +200,9 @@ class SafetyNode(GuardedNode):
         values: dict[str, Any] = {"active": self._active, "state": stage.state, **stage.counts}
         values |= {f"reason {cause}": text for cause, text in stage.reasons.items()}
         values |= {f"age_s {name}": age for name, age in stage.ages_s().items()}
-        status = DiagnosticStatus(
-            name=f"{self.get_fully_qualified_name()}: safety", hardware_id=self.contract.name,
-            level=LEVELS[stage.state], message=": ".join(filter(None, [stage.state, self._why(stage)])),
-            values=[KeyValue(key=key, value=str(entry)) for key, entry in values.items()],
-        )  # fmt: skip
-        message = DiagnosticArray(status=[status])
-        message.header.stamp = self.get_clock().now().to_msg()
-        self._diagnostics.publish(message)
+        message = ": ".join(filter(None, [stage.state, self._why(stage)]))
+        status = diagnostics.status(self, "safety", values, message, LEVELS[stage.state], self.contract.name)
+        diagnostics.publish(self, self._diagnostics, [status])
         self._shown_s = time.monotonic()
 
     def _now_ns(self) -> int:
