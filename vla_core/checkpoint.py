@@ -1,7 +1,8 @@
 """A checkpoint: a folder that is enough to run.
 
 ``config.json`` (model, observation, normalization, execution), ``model.safetensors``, ``statistics.json``,
-``tokenizer.json`` and ``contract.yaml``. It is written beside its place and moved there whole; nothing is pickled.
+``tokenizer.json`` and ``contract.yaml``; ``dataset_statistics.json`` as well where it was trained on a mixture. It is
+written beside its place and moved there whole; nothing is pickled.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path
@@ -20,6 +22,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from vla_core import hub
 from vla_core.config import ConfigError, from_dict, to_dict
 from vla_core.contract import RobotContract
 from vla_core.errors import VlaError, choices
@@ -27,11 +30,12 @@ from vla_core.model.vla import MODEL_REGISTRY, build_model
 from vla_core.model.vla.sizes import check_images, check_sees, columns, model_sizes
 from vla_core.model.vlm.text_encoder import HubTokenizer, WordTokenizer, tokenizer_from_dict
 from vla_core.observation.builder import ObservationSpec
-from vla_core.observation.normalizer import Normalization, Normalizer, Statistics
+from vla_core.observation.normalizer import Normalization, Normalizer, Statistics, entry_names
 from vla_core.runtime.execution import Execution
 
 FORMAT = "vla_ros_checkpoint_v1"
-FILES = ("config.json", "model.safetensors", "statistics.json", "tokenizer.json", "contract.yaml")
+FILES = hub.CHECKPOINT_FILES
+MIXTURE_FILE = "dataset_statistics.json"
 
 
 class CheckpointError(VlaError):
@@ -55,13 +59,18 @@ class PolicyConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A policy in memory."""
+    """A policy in memory.
+
+    ``dataset_statistics`` are those of every dataset of the mixture that it was trained on, by name; the normalizer
+    has those of the one that it is deployed for.
+    """
 
     config: PolicyConfig
     model: Any
     normalizer: Normalizer
     tokenizer: WordTokenizer | HubTokenizer
     contract: RobotContract
+    dataset_statistics: dict[str, Statistics] = field(default_factory=dict)
 
     def save(self, path: Path | str) -> None:
         """Write the folder; an existing checkpoint at ``path`` is replaced once the new one is whole."""
@@ -74,6 +83,8 @@ class Checkpoint:
             # What the model has become since, such as one with adapters.
             _write_json(partial / "config.json", to_dict(dataclasses.replace(self.config, model=self.model.config)))
             _write_json(partial / "statistics.json", self.normalizer.statistics)
+            if self.dataset_statistics:
+                _write_json(partial / MIXTURE_FILE, self.dataset_statistics)
             _write_json(partial / "tokenizer.json", self.tokenizer.to_dict())
             (partial / "contract.yaml").write_text(self.contract.to_yaml(), encoding="utf-8")
             weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.model.state_dict().items()}
@@ -86,11 +97,12 @@ class Checkpoint:
             raise
 
     @classmethod
-    def load(cls, path: Path | str, **parts: Any) -> Checkpoint:
+    def load(cls, path: Path | str, *, dataset: str | None = None, **parts: Any) -> Checkpoint:
         """Read a folder strictly; raises :class:`CheckpointError` naming what is missing or does not fit.
 
-        ``parts`` are modules of the caller's own that the model was built with, as ``sensor_encoders`` of a
-        ``MultiSensorVLA``; their weights are in the checkpoint.
+        ``dataset`` names the dataset of a mixture by whose statistics the policy is to run; None takes those that it
+        was deployed with. ``parts`` are modules of the caller's own that the model was built with, as
+        ``sensor_encoders`` of a ``MultiSensorVLA``; their weights are in the checkpoint.
         """
         path = Path(path)
         absent = [name for name in FILES if not (path / name).is_file()]
@@ -106,7 +118,8 @@ class Checkpoint:
         except ConfigError as error:
             raise CheckpointError(f"{path}/config.json: {error}") from None
         contract = RobotContract.load(path / "contract.yaml")
-        statistics: Statistics = _read_json(path / "statistics.json")
+        mixture = _mixture(path)
+        statistics = _chosen(path, dataset, mixture)
         tokenizer = tokenizer_from_dict(_read_json(path / "tokenizer.json"))
         _check_sizes(path, config, contract, statistics, tokenizer)
         model = build_model(config.model, **parts)
@@ -114,10 +127,28 @@ class Checkpoint:
         return cls(
             config=config,
             model=model.eval(),
-            normalizer=Normalizer(config.normalization, statistics, columns(config.observation, contract)),
+            normalizer=Normalizer(config.normalization, statistics, columns(config.observation, contract),
+                                  entry_names(config.observation, contract)),
             tokenizer=tokenizer,
             contract=contract,
-        )
+            dataset_statistics=mixture,
+        )  # fmt: skip
+
+    @classmethod
+    def from_pretrained(
+        cls, name: Path | str, *, revision: str | None = None, dataset: str | None = None, **parts: Any
+    ) -> Checkpoint:
+        """:meth:`load` of a local folder, or of the hub's repository ``user/name`` or ``user/name@revision``."""
+        return cls.load(hub.local_folder(name, revision=revision), dataset=dataset, **parts)
+
+    def push_to_hub(
+        self, repo_id: str, *, private: bool = False, message: str = "", evaluation: Path | None = None
+    ) -> str:
+        """Upload with a model card; ``evaluation`` is a file of ``vla evaluate``. Returns the page's address."""
+        with tempfile.TemporaryDirectory() as place:
+            self.save(Path(place) / "checkpoint")
+            return hub.push(Path(place) / "checkpoint", repo_id, private=private, message=message,
+                            evaluation=evaluation)  # fmt: skip
 
 
 def check_replaceable(path: Path) -> None:
@@ -130,6 +161,25 @@ def fingerprint(path: Path | str) -> str:
     """First 12 hexadecimal digits of the SHA-256 of the weights: names a checkpoint in diagnostics and reports."""
     digest = hashlib.sha256((Path(path) / "model.safetensors").read_bytes())
     return digest.hexdigest()[:12]
+
+
+def _mixture(path: Path) -> dict[str, Statistics]:
+    """Statistics by dataset, of a checkpoint that has several."""
+    file = path / MIXTURE_FILE
+    found = _read_json(file) if file.is_file() else {}
+    if not isinstance(found, dict) or not all(isinstance(value, dict) for value in found.values()):
+        raise CheckpointError(f"{file}: expected groups of statistics by the name of their dataset")
+    return found
+
+
+def _chosen(path: Path, dataset: str | None, mixture: dict[str, Statistics]) -> Statistics:
+    """The statistics to run by."""
+    if dataset is None:
+        own: Statistics = _read_json(path / "statistics.json")
+        return own
+    if dataset not in mixture:
+        raise CheckpointError(f"{path}: no statistics of a dataset {dataset!r}; choices: {choices(mixture)}")
+    return mixture[dataset]
 
 
 def _check_sizes(path: Path, config: PolicyConfig, contract: RobotContract, statistics: Statistics,

@@ -1,4 +1,4 @@
-"""The ``vla`` command's parts that need no ROS: convert, train, evaluate, latency, replay, inspect.
+"""The ``vla`` command's parts that need no ROS: collect, convert, train, evaluate, compare, latency, replay, inspect.
 
 ``vla_ros.cli`` adds what starts nodes. Errors of the user's making are one line on stderr and exit status 1.
 """
@@ -33,47 +33,61 @@ def not_negative(text: str) -> int:
 
 def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add this module's commands to a parser."""
-    convert = commands.add_parser("convert", help="bags to a training set")
-    convert.add_argument("bags", type=Path, nargs="+", help="bags, or folders of bags")
-    convert.add_argument("--out", type=Path, required=True, help="dataset folder to create")
-    convert.add_argument("--recipe", default="mini_vla", help="its observation decides what the dataset holds")
-    convert.add_argument("--contract", help="a name in config/robots, or a file; default: the one in the bags")
-    convert.add_argument("--keep-failed", action="store_true", help="keep episodes that are marked as failed")
-    convert.set_defaults(run=_convert)
+    collect = commands.add_parser("collect", help="demonstrations of a scripted expert in simulation, as bags")
+    collect.add_argument("--task", nargs="+", default=["push-v3"], help="several give a folder each")
+    collect.add_argument("--episodes", type=positive, default=50, help="of each task")
+    collect.add_argument("--seed", type=not_negative, default=0, help="of the first episode; each later one counts up")
+    collect.add_argument("--out", type=Path, required=True, help="folder to create, for a bag an episode")
+    collect.add_argument(
+        "--contract", help="a name in config/robots, or a file; default: metaworld_sawyer, or --policy's"
+    )
+    collect.add_argument("--camera", default="corner2", help="for image streams that are not named after a camera")
+    collect.add_argument("--camera-size", type=positive, default=128, help="pixels")
+    collect.add_argument("--no-images", action="store_true", help="leave the contract's image streams out")
+    collect.add_argument("--suite", choices=("mt10",), help="the ten tasks of MT10 instead of --task")
+    collect.add_argument("--instruction", help="default: the task's own")
+    collect.add_argument(
+        "--instructions", choices=("canonical", "train", "unseen"), default="canonical",
+        help="the task's own words, or paraphrases that take turns",
+    )  # fmt: skip
+    collect.add_argument("--max-steps", type=positive, default=200)
+    collect.add_argument(
+        "--noise", nargs="+", metavar="key=value",
+        help="disturb what is executed in bursts, while the expert's command is recorded: scale=0.5 share=0.3",
+    )  # fmt: skip
+    collect.add_argument("--policy", help="a checkpoint that drives, while the expert's command is recorded (DAgger)")
+    collect.add_argument(
+        "--beta", type=float, help="share of segments that the expert drives all the same, default 0.5"
+    )
+    collect.add_argument("--workers", type=positive, default=1, help="processes")
+    collect.set_defaults(run=_collect)
+
+    from vla_core.data import command as data  # it needs this module's types of arguments
+
+    data.add_commands(commands)
 
     train = commands.add_parser("train", help="a training set to a checkpoint")
     train.add_argument("recipe", help="a name in config/train, or a YAML file")
     train.add_argument("overrides", nargs="*", metavar="key=value", help="such as training.steps=500")
-    train.add_argument("--dataset", type=Path, required=True)
-    train.add_argument("--validation", type=Path, help="dataset for the held-out loss")
-    train.add_argument("--out", type=Path, required=True, help="checkpoint folder")
-    train.add_argument("--logs", type=Path, help="TensorBoard folder; default: OUT's parent / tensorboard")
+    train.add_argument(
+        "--dataset", action="append", required=True, metavar="PATH[=WEIGHT]",
+        help="several are mixed; weights are their shares of the samples, without them each frame counts alike",
+    )  # fmt: skip
+    train.add_argument(
+        "--validation", type=Path, action="append", metavar="PATH",
+        help="what is held out, one for each dataset; default: episodes by data.validation.fraction",
+    )  # fmt: skip
+    train.add_argument("--contract", help="of datasets that have none: a name in config/robots, or a file")
+    train.add_argument("--out", type=Path, required=True, help="checkpoint folder; the run's own is OUT.training")
+    train.add_argument("--logs", type=Path, help="TensorBoard folder; default: OUT.training/tensorboard")
+    again = train.add_mutually_exclusive_group()
+    again.add_argument("--resume", action="store_true", help="go on from the newest state in OUT.training")
+    again.add_argument("--restart", action="store_true", help="remove the states of an earlier run")
     train.set_defaults(run=_train)
 
-    evaluate = commands.add_parser("evaluate", help="closed-loop success in simulation, in one process, without ROS")
-    evaluate.add_argument("checkpoint", type=Path)
-    evaluate.add_argument("--task", default="push-v3")
-    evaluate.add_argument("--camera", help="default: the one that the policy was trained for")
-    evaluate.add_argument("--episodes", type=positive, default=50)
-    evaluate.add_argument(
-        "--seed", type=not_negative, default=10000, help="seed of the first episode; each later one counts up"
-    )
-    evaluate.add_argument("--max-steps", type=positive, default=200)
-    evaluate.add_argument("--instruction", help="default: the task's own")
-    evaluate.add_argument("--black-camera", action="store_true")
-    evaluate.add_argument(
-        "--strategy", nargs="+", metavar="NAME",
-        help="how chunks are executed: receding, ensemble, blend, rtc; default: the checkpoint's; several make a table",
-    )  # fmt: skip
-    evaluate.add_argument(
-        "--delay-steps", type=not_negative, nargs="+", default=[0], metavar="N",
-        help="control steps until a chunk comes into force, while the world goes on; several make a table",
-    )  # fmt: skip
-    evaluate.add_argument(
-        "--execution", nargs="+", default=[], metavar="key=value", help="further changes to it, such as steps=3"
-    )
-    evaluate.add_argument("--out", type=Path, help="JSON file for the figures and every episode's outcome")
-    evaluate.set_defaults(run=_evaluate)
+    from vla_core.evaluation import command as evaluation  # it needs this module's types of arguments
+
+    evaluation.add_commands(commands)
 
     latency = commands.add_parser("latency", help="chunk execution under latency, without simulator and checkpoint")
     latency.add_argument("--strategy", nargs="+", metavar="NAME", help="default: all of them")
@@ -92,7 +106,9 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     replay.set_defaults(run=_replay)
 
     inspect = commands.add_parser("inspect", help="what is in a bag, a dataset or a checkpoint")
-    inspect.add_argument("path", type=Path)
+    inspect.add_argument("path", type=Path, nargs="+", help="or a folder of them, or a name on the hub")
+    inspect.add_argument("--html", type=Path, metavar="FILE", help="a page with plots and contact sheets")
+    inspect.add_argument("--contract", help="for bags without one: a name in config/robots, or a file")
     inspect.add_argument(
         "--sensitivity", type=Path, metavar="DATA",
         help="of a checkpoint: how much its actions change when the instruction is swapped, a camera is black or a "
@@ -101,6 +117,20 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     inspect.add_argument("--samples", type=positive, default=256, help="ticks of DATA that are looked at")
     inspect.add_argument("--out", type=Path, help="JSON file for the sensitivity")
     inspect.set_defaults(run=_inspect)
+
+    push = commands.add_parser("push", help="upload a checkpoint or a dataset to a model hub")
+    push.add_argument("path", type=Path, help="folder of a checkpoint or a dataset")
+    push.add_argument("repository", metavar="USER/NAME")
+    push.add_argument("--private", action="store_true", help="when the repository is made")
+    push.add_argument("--message", default="", help="of the commit")
+    push.add_argument("--evaluation", type=Path, metavar="FILE", help="of `vla evaluate`, told in a checkpoint's card")
+    push.set_defaults(run=_push)
+
+    pull = commands.add_parser("pull", help="download a checkpoint or a dataset, so that no network is needed later")
+    pull.add_argument("repository", metavar="USER/NAME[@REVISION]")
+    pull.add_argument("--dataset", action="store_true", help="a dataset and not a checkpoint")
+    pull.add_argument("--out", type=Path, help="folder to create; default: the local cache, where the name finds it")
+    pull.set_defaults(run=_pull)
 
 
 def main(
@@ -135,6 +165,7 @@ def main(
 def _parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parse with ``key=value`` assignments anywhere: argparse by itself takes them only before the options."""
     parsed, rest = parser.parse_known_args(arguments)
+    parsed.words = list(sys.argv[1:] if arguments is None else arguments)
     assignments = [word for word in rest if "=" in word and not word.startswith("-")]
     if len(assignments) < len(rest) or (rest and not hasattr(parsed, "overrides")):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -143,77 +174,46 @@ def _parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> 
     return parsed
 
 
-def _convert(parsed: argparse.Namespace) -> int:
+def _collect(parsed: argparse.Namespace) -> int:
+    from vla_core.config import from_dict, override
     from vla_core.contract import RobotContract
-    from vla_core.data.bag import find_bags
-    from vla_core.data.dataset import convert
     from vla_core.progress import bar
-    from vla_core.training.recipe import load_recipe
+    from vla_core.sim.collect import Collection, Driver, Noise, collect
+    from vla_core.sim.instructions import MT10
 
-    spec = load_recipe(parsed.recipe).observation
-    contract = RobotContract.load(parsed.contract) if parsed.contract else None
-    bags = find_bags(parsed.bags)
-    with bar("convert", len(bags)) as advance:
-        dataset = convert(bags, parsed.out, spec, contract, parsed.keep_failed, lambda done: advance(done, "bags"))
-    print(f"{parsed.out}: {len(dataset.episodes)} episodes, {dataset.frames} ticks")
+    if parsed.beta is not None and parsed.policy is None:
+        raise VlaError("--beta: belongs to --policy, which drives the other segments")
+    driver = None
+    if parsed.policy is not None:
+        driver = Driver(checkpoint=parsed.policy, beta=0.5 if parsed.beta is None else parsed.beta)
+    collection = Collection(
+        tasks=MT10 if parsed.suite else tuple(parsed.task), episodes=parsed.episodes, seed=parsed.seed,
+        camera=parsed.camera, camera_size=parsed.camera_size, images=not parsed.no_images,
+        instruction=parsed.instruction, instructions=parsed.instructions, max_steps=parsed.max_steps, driver=driver,
+        noise=None if parsed.noise is None else from_dict(Noise, override({}, parsed.noise), "noise"),
+    )  # fmt: skip
+    if parsed.contract or driver is None:
+        contract = RobotContract.load(parsed.contract or "metaworld_sawyer")
+    else:
+        from vla_core.checkpoint import Checkpoint
+
+        contract = Checkpoint.load(parsed.policy).contract
+    total = len(collection.tasks) * collection.episodes
+    with bar("collect", total) as advance:
+        done = collect(
+            parsed.out, collection, contract, parsed.workers,
+            lambda done: advance(len(done), f"{sum(e.success for e in done)} of {len(done)} succeeded"),
+        )  # fmt: skip
+    failed = [f"{e.task} seed {e.seed}" for e in done if not e.success]
+    print(f"{parsed.out}: {total} bags, {sum(e.steps for e in done)} ticks, {total - len(failed)} succeeded"
+          + (f"; failed: {', '.join(failed[:10])}{', …' * (len(failed) > 10)}" if failed else ""))  # fmt: skip
     return 0
 
 
 def _train(parsed: argparse.Namespace) -> int:
-    from vla_core.checkpoint import check_replaceable
-    from vla_core.data.dataset import load
-    from vla_core.progress import bar
-    from vla_core.training.recipe import load_recipe
-    from vla_core.training.trainer import train
+    from vla_core.training.command import run
 
-    check_replaceable(parsed.out)
-    parsed.out.parent.mkdir(parents=True, exist_ok=True)
-    recipe = load_recipe(parsed.recipe, parsed.overrides)
-    dataset = load(parsed.dataset)
-    validation = load(parsed.validation) if parsed.validation else None
-    logs = parsed.logs or parsed.out.parent / "tensorboard"
-    with bar("train", recipe.training.steps) as advance:
-        result = train(recipe, dataset, validation, logs, lambda p: advance(p.step, p.note),
-                       {"recipe": parsed.recipe, "dataset": str(parsed.dataset), "camera": recipe.camera})  # fmt: skip
-    result.checkpoint.save(parsed.out)
-    held_out = "" if result.validation_loss is None else f", held-out loss {result.validation_loss:.4f}"
-    print(f"{parsed.out}: {result.seconds:.0f} s, loss {result.loss:.4f}{held_out}; TensorBoard: {logs}")
-    return 0
-
-
-def _evaluate(parsed: argparse.Namespace) -> int:
-    from vla_core.config import override
-    from vla_core.evaluation.closed_loop import study
-    from vla_core.progress import bar
-    from vla_core.runtime.policy import Policy
-    from vla_core.sim.metaworld import MetaWorld, instruction_for
-
-    policy = Policy.load(parsed.checkpoint)
-    own = policy.checkpoint.config.execution
-    changes = override({}, parsed.execution)
-    executions = [own.changed({**changes, "strategy": name}) for name in parsed.strategy or [own.strategy]]
-    for execution in executions:
-        execution.check(policy.checkpoint.config.model.horizon, policy.checkpoint.config.model.head)
-    camera = parsed.camera or policy.checkpoint.config.provenance.get("camera", "corner2")
-    world = MetaWorld(parsed.task, camera, policy.contract, black_camera=parsed.black_camera)
-    instruction = instruction_for(parsed.task) if parsed.instruction is None else parsed.instruction
-    seeds = range(parsed.seed, parsed.seed + parsed.episodes)
-    with bar("evaluate", len(executions) * len(parsed.delay_steps) * parsed.episodes) as advance:
-        runs = study(world, policy, executions, parsed.delay_steps, instruction, seeds, parsed.max_steps, advance)
-    for run in runs:
-        rate, trials, (low, high) = run["success_rate"], run["trials"], run["success_ci95"]
-        late = f"{run['execution']['strategy']}, chunks {run['delay_steps']} steps late"
-        jump = "none" if run["boundary_jump"] is None else f"{run['boundary_jump']:.4f}"
-        print(f"success {rate:.2f} (95 % interval {low:.2f} to {high:.2f}) over {trials} episodes of {parsed.task}: "
-              f"{late}, boundary jump {jump}")  # fmt: skip
-    if parsed.out:
-        record = {
-            "checkpoint": str(parsed.checkpoint), "task": parsed.task, "camera": camera,
-            "instruction": instruction, "max_steps": parsed.max_steps, "runs": runs,
-        }  # fmt: skip
-        parsed.out.parent.mkdir(parents=True, exist_ok=True)
-        parsed.out.write_text(json.dumps(record, indent=1), encoding="utf-8")
-    return 0
+    return run(parsed)
 
 
 def _latency(parsed: argparse.Namespace) -> int:
@@ -261,20 +261,53 @@ def _replay(parsed: argparse.Namespace) -> int:
 
 
 def _inspect(parsed: argparse.Namespace) -> int:
-    from vla_core.inspect import describe
+    if parsed.sensitivity is not None:
+        return _sensitivity(parsed)
+    from vla_core.contract import RobotContract
+    from vla_core.inspect import inspect, summary
+    from vla_core.inspect.page import page
 
-    if parsed.sensitivity is None:
-        if parsed.out is not None:
-            raise VlaError("--out: belongs to --sensitivity, which tells on what data")
-        print(describe(parsed.path))
-        return 0
+    if parsed.out is not None:
+        raise VlaError("--out: belongs to --sensitivity, which tells on what data; --html names the page")
+    contract = RobotContract.load(parsed.contract) if parsed.contract else None
+    reports = inspect(parsed.path, contract, pictures=parsed.html is not None)
+    print(summary(reports))
+    if parsed.html is not None:
+        parsed.html.parent.mkdir(parents=True, exist_ok=True)
+        parsed.html.write_text(page(reports), encoding="utf-8")
+        print(f"\n{parsed.html}")
+    return 0
+
+
+def _sensitivity(parsed: argparse.Namespace) -> int:
     from vla_core.checkpoint import Checkpoint
     from vla_core.evaluation.sensitivity import sensitivity
 
-    found = sensitivity(Checkpoint.load(parsed.path), parsed.sensitivity, parsed.samples)
+    if len(parsed.path) > 1 or parsed.html is not None:
+        raise VlaError("--sensitivity: is of one checkpoint, and goes to --out")
+    found = sensitivity(Checkpoint.from_pretrained(parsed.path[0]), parsed.sensitivity, parsed.samples)
     print(found.table())
     if parsed.out is not None:
-        record = {"checkpoint": str(parsed.path), "data": str(parsed.sensitivity), **found.to_dict()}
+        record = {"checkpoint": str(parsed.path[0]), "data": str(parsed.sensitivity), **found.to_dict()}
         parsed.out.parent.mkdir(parents=True, exist_ok=True)
         parsed.out.write_text(json.dumps(record, indent=1), encoding="utf-8")
     return 0
+
+
+def _push(parsed: argparse.Namespace) -> int:
+    from vla_core import hub
+
+    print(hub.push(parsed.path, parsed.repository, private=parsed.private, message=parsed.message,
+                   evaluation=parsed.evaluation))  # fmt: skip
+    return 0
+
+
+def _pull(parsed: argparse.Namespace) -> int:
+    from vla_core import hub
+
+    print(hub.pull(parsed.repository, "dataset" if parsed.dataset else "model", parsed.out))
+    return 0
+
+
+if __name__ == "__main__":  # torchrun -m vla_core.cli train ...
+    sys.exit(main())

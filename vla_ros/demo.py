@@ -15,7 +15,8 @@ from typing import Any
 
 from vla_core.contract import RobotContract
 from vla_core.data.bag import find_bags
-from vla_core.data.dataset import Dataset, convert
+from vla_core.data.convert import convert
+from vla_core.data.dataset import Dataset, load
 from vla_core.errors import VlaError
 from vla_core.evaluation.open_loop import Replay, replay
 from vla_core.evaluation.parity import Parity, compare
@@ -131,7 +132,7 @@ class Demo:
             train_set = convert(bags, self.out / name, spec, progress=lambda done: advance(done, "bags"))
             rest = convert(held_out, self.out / f"{name}_held_out", spec,
                            progress=lambda done: advance(len(bags) + done, "bags"))  # fmt: skip
-        return train_set, rest
+        return load(train_set.path), load(rest.path)
 
     def _train(self, recipe: Recipe, name: str, data: Dataset, held_out: Dataset, folder: Path,
                history: list[Progress]) -> Result:  # fmt: skip

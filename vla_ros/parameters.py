@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from rcl_interfaces.msg import FloatingPointRange, IntegerRange, ParameterDescriptor
@@ -10,6 +9,7 @@ from rclpy.node import Node
 
 from vla_core.contract import RobotContract
 from vla_core.errors import VlaError
+from vla_core.hub import local_folder
 
 
 def declare(
@@ -55,6 +55,6 @@ def contract_of(node: Node) -> RobotContract:
     if value(node, "contract"):
         return RobotContract.load(value(node, "contract"))
     if value(node, "checkpoint"):
-        return RobotContract.load(Path(value(node, "checkpoint")) / "contract.yaml")
+        return RobotContract.load(local_folder(value(node, "checkpoint")) / "contract.yaml")
     raise VlaError("parameters contract and checkpoint are empty; name the robot's contract (one in config/robots, or "
                    "a file), or the folder of a policy")  # fmt: skip

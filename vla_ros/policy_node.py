@@ -39,6 +39,7 @@ from vla_core.contract import NANOSECONDS, RobotContract
 from vla_core.data.recording import LossCounter
 from vla_core.errors import VlaError
 from vla_core.evaluation.parity import InputLog
+from vla_core.hub import local_folder
 from vla_core.observation import messages
 from vla_core.observation.builder import Unobserved
 from vla_core.observation.decode import decode
@@ -75,7 +76,9 @@ class PolicyNode(GuardedNode):
 
     def __init__(self, **options: Any) -> None:
         super().__init__("policy", **options)
-        declare(self, "checkpoint", "", "folder of a trained policy")
+        declare(self, "checkpoint", "", "folder of a trained policy, or the name of one on the hub")
+        declare(self, "dataset", "", "of a policy that was trained on several datasets: the one by whose statistics it "
+                                     "runs; empty takes the one that it was deployed for")  # fmt: skip
         declare(self, "contract", "", "the robot's contract, a name in config/robots or a file; may differ from "
                                       "the checkpoint's in topics only; empty takes the checkpoint's")  # fmt: skip
         declare(self, "inference", "asynchronous", "asynchronous (robots) or synchronous (lockstep simulation)")
@@ -186,9 +189,10 @@ class PolicyNode(GuardedNode):
         """Load, check, warm up, subscribe."""
         folder = value(self, "checkpoint")
         if not folder:
-            raise VlaError("parameter checkpoint is empty; name the folder of a trained policy")
+            raise VlaError("parameter checkpoint is empty; name the folder of a trained policy, or one on the hub")
         self._synchronous = choice(self, "inference", ("asynchronous", "synchronous")) == "synchronous"
-        policy = Policy.load(folder, int(value(self, "seed")))
+        folder = str(local_folder(folder))
+        policy = Policy.load(folder, int(value(self, "seed")), value(self, "dataset") or None)
         if value(self, "contract"):
             robot = RobotContract.load(value(self, "contract"))
             policy.contract.check_same(robot, f"checkpoint {folder}", value(self, "contract"))

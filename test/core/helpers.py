@@ -14,16 +14,23 @@ import numpy as np
 
 from vla_core.checkpoint import Checkpoint, Execution, PolicyConfig
 from vla_core.commands import encode
+from vla_core.config import to_dict
 from vla_core.contract import Action, RobotContract, Stream
 from vla_core.data.bag import CONTRACT_KEY, BagWriter
 from vla_core.data.dataset import Dataset, EpisodeData
+from vla_core.data.folder import FORMAT
+from vla_core.data.lerobot.episode import EpisodeRows
+from vla_core.data.lerobot.layout import image, vector
+from vla_core.data.lerobot.statistics import column_statistics, image_statistics
+from vla_core.data.lerobot.writer import LeRobotWriter
+from vla_core.data.side import OncePng, side_table
 from vla_core.model.action_head.diffusion_action_head import DiffusionHeadConfig
 from vla_core.model.action_head.mlp_action_head import MLPHeadConfig
 from vla_core.model.vla.mini_vla import MiniVLA, MiniVLAConfig
 from vla_core.model.vlm.text_encoder import WordTokenizer
 from vla_core.model.vlm.vision_encoder import TinyCNNConfig
 from vla_core.observation import messages
-from vla_core.observation.builder import ImageSize, ObservationSpec
+from vla_core.observation.builder import ImageSize, Observation, ObservationSpec
 from vla_core.observation.messages import Message, serialize, typestore
 from vla_core.observation.normalizer import Normalization, Normalizer
 from vla_core.training.recipe import MiniVLARecipe, Recipe, Training
@@ -137,19 +144,71 @@ def recipe(**training: Any) -> Recipe:
     )  # fmt: skip
 
 
-def dataset(lengths: Sequence[int] = (20, 15), contract: RobotContract = CONTRACT) -> Dataset:
+def episodes(lengths: Sequence[int] = (20, 15)) -> list[EpisodeData]:
     """Smooth random episodes: actions follow the state."""
     rng = np.random.default_rng(5)
-    episodes = []
+    made = []
     for i, length in enumerate(lengths):
         state = np.cumsum(rng.normal(0, 0.1, (length, 2)), 0).astype(np.float32)
-        episodes.append(EpisodeData(
+        made.append(EpisodeData(
             images={"camera": rng.integers(0, 256, (length, 6, 8, 3), dtype=np.uint8)},
             state=state, action=np.tanh(2 * state[:, ::-1]).astype(np.float32),
             stamps_ns=START + STEP * np.arange(length), instruction=("lift it", "drop it")[i % 2], seed=i,
             bag=f"bag_{i}",
         ))  # fmt: skip
-    return Dataset(contract, SPEC, episodes)
+    return made
+
+
+def dataset(lengths: Sequence[int] = (20, 15), contract: RobotContract = CONTRACT) -> Dataset:
+    """The episodes as a dataset in memory."""
+    return Dataset.from_episodes(contract, SPEC, episodes(lengths))
+
+
+def observations(made: EpisodeData, spec: ObservationSpec = SPEC) -> list[Observation]:
+    """What the robot saw, from an episode's arrays; nothing is missing."""
+    streams = dict.fromkeys(name for _, name, _ in spec.uses())
+    return [
+        Observation(
+            stamp_ns=int(made.stamps_ns[k]), images={name: pixels[k] for name, pixels in made.images.items()},
+            state=made.state[k], instruction=made.instruction, ages_ns={name: 0 for name in streams},
+            present={name: True for name in streams},
+        )
+        for k in range(len(made))
+    ]  # fmt: skip
+
+
+def write_dataset(
+    path: Path,
+    made: Sequence[EpisodeData],
+    *,
+    contract: RobotContract = CONTRACT,
+    spec: ObservationSpec = SPEC,
+    ours: bool = True,
+    **options: Any,
+) -> Path:
+    """The episodes as a LeRobotDataset with PNG images; ``ours`` with the contract and the side rows."""
+    (state,), (camera,) = spec.state, spec.images
+    key, size = f"observation.images.{camera}", spec.images[camera]
+    described = {"format": FORMAT, "contract": to_dict(contract), "observation": to_dict(spec)}
+    features = {
+        key: image(size.height, size.width),
+        "observation.state": vector(tuple(f"{state}.{name}" for name in contract.stream(state).names)),
+        "action": vector(contract.action_names),
+    }
+    with LeRobotWriter(path, fps=contract.rate_hz, features=features, robot_type=None,
+                       description=described if ours else None, **options) as writer:  # fmt: skip
+        for episode in made:
+            columns = {"observation.state": episode.state, "action": episode.action}
+            encode_once = OncePng()
+            writer.add(EpisodeRows(
+                columns=columns, tasks=[episode.instruction] * len(episode),
+                images={key: [encode_once(pixels) for pixels in episode.images[camera]]},
+                statistics={**{n: column_statistics(column) for n, column in columns.items()},
+                            key: image_statistics(list(episode.images[camera]))},
+                frames=side_table(observations(episode, spec), contract, spec) if ours else None,
+                entry={"bag": episode.bag, "seed": episode.seed, "task": episode.task, "outcome": episode.outcome},
+            ))  # fmt: skip
+    return path
 
 
 def checkpoint(head: MLPHeadConfig | DiffusionHeadConfig | None = None, **changes: Any) -> Checkpoint:

@@ -18,7 +18,7 @@ from rosbags.rosbag2 import Reader
 from vla_core.contract import RobotContract
 from vla_core.data import bag as bags
 from vla_core.data.bag import CONTRACT_KEY, BagError, BagWriter
-from vla_core.data.dataset import convert
+from vla_core.data.convert import convert
 from vla_core.errors import VlaError
 from vla_core.inspect import describe
 from vla_core.observation import messages
@@ -259,7 +259,7 @@ def test_missing_empty_and_wrong_topics_are_named(tmp_path: Path) -> None:
     bare = write_bag(tmp_path / "bare", recorded, contract=None)
     with pytest.raises(BagError, match=r"no contract inside.*\(none\).*--contract"):
         convert([bare], tmp_path / "set", SPEC)
-    assert len(convert([bare], tmp_path / "set", SPEC, CONTRACT).episodes) == 1
+    assert convert([bare], tmp_path / "set", SPEC, CONTRACT).report.episodes == 1
 
 
 def test_a_message_that_does_not_decode_names_its_bag(tmp_path: Path) -> None:

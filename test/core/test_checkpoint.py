@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,9 +19,10 @@ from vla_core import checkpoint as checkpoint_module
 from vla_core.checkpoint import FILES, Checkpoint, fingerprint
 from vla_core.errors import VlaError
 from vla_core.observation.builder import Observation
+from vla_core.observation.normalizer import Normalization, Normalizer, Statistics, entry_names
 from vla_core.runtime.policy import Policy, PolicyError
 
-from .helpers import CONTRACT, START, checkpoint, pixels, with_action
+from .helpers import CONTRACT, SPEC, START, checkpoint, pixels, with_action
 
 
 def observation(seed: int = 0) -> Observation:
@@ -224,3 +228,78 @@ def test_a_folder_that_is_no_checkpoint_is_not_deleted(tmp_path: Path) -> None:
     with pytest.raises(VlaError, match="home"):
         checkpoint().save(tmp_path / "home")
     assert (tmp_path / "home" / "thesis.txt").read_text() == "years"
+
+
+def mixture() -> dict[str, Statistics]:
+    """Statistics of two datasets whose actions are of another size."""
+    own = checkpoint().normalizer.statistics
+    other = {"min": [-10.0, -20.0], "max": [10.0, 20.0], "mean": [0.0, 0.0], "std": [5.0, 10.0]}
+    return {"kitchen": own, "garage": {"state": own["state"], "action": other}}
+
+
+def test_a_mixture_runs_by_the_statistics_that_are_asked_for(tmp_path: Path) -> None:
+    path = tmp_path / "policy"
+    checkpoint(dataset_statistics=mixture()).save(path)
+    assert sorted(os.listdir(path)) == sorted([*FILES, "dataset_statistics.json"])
+    assert Checkpoint.load(path).dataset_statistics == mixture()
+    plain = Policy.load(path).predict(observation()).actions
+    np.testing.assert_array_equal(Policy.load(path, dataset="kitchen").predict(observation()).actions, plain)
+    np.testing.assert_allclose(Policy.load(path, dataset="garage").predict(observation()).actions, 10 * plain)
+    with pytest.raises(VlaError, match="policy: no statistics of a dataset 'attic'; choices: garage, kitchen"):
+        Policy.load(path, dataset="attic")
+    Checkpoint.load(path, dataset="garage").save(tmp_path / "deployed")
+    np.testing.assert_allclose(Policy.load(tmp_path / "deployed").predict(observation()).actions, 10 * plain)
+
+
+def test_statistics_of_a_mixture_are_checked_as_the_others(tmp_path: Path) -> None:
+    checkpoint().save(tmp_path / "single")
+    with pytest.raises(VlaError, match=r"no statistics of a dataset 'kitchen'; choices: \(none\)"):
+        Checkpoint.load(tmp_path / "single", dataset="kitchen")
+    path = tmp_path / "policy"
+    checkpoint(dataset_statistics=mixture()).save(path)
+    edited(path, "dataset_statistics.json", lambda d: d["garage"]["action"]["min"].pop())
+    with pytest.raises(VlaError, match=r"action\.min have 1 entries, not 2"):
+        Checkpoint.load(path, dataset="garage")
+    for content in ("[]", '{"garage": 3}', "{"):
+        (path / "dataset_statistics.json").write_text(content)
+        with pytest.raises(VlaError, match=r"dataset_statistics\.json: (expected groups|not valid JSON)"):
+            Checkpoint.load(path)
+
+
+def test_an_entry_with_a_mode_of_its_own_survives_the_folder(tmp_path: Path) -> None:
+    """The names of the entries are not in the normalization: they come from the contract."""
+    options = Normalization(entries={"action.elbow": "none", "state.arm.shoulder": "min_max"})
+    numbers = checkpoint().normalizer.statistics
+    made = checkpoint()
+    normalizer = Normalizer(options, numbers, names=entry_names(SPEC, CONTRACT))
+    config = dataclasses.replace(made.config, normalization=options)
+    original = dataclasses.replace(made, config=config, normalizer=normalizer)
+    original.save(tmp_path / "policy")
+    values = np.array([[0.3, -0.4]])
+    found = Checkpoint.load(tmp_path / "policy").normalizer
+    for name in ("state", "action"):
+        np.testing.assert_array_equal(found.normalize(name, values), normalizer.normalize(name, values))
+    assert found.normalize("action", values)[0, 1] == np.float32(-0.4)
+    edited(tmp_path / "policy", "config.json", lambda d: d["normalization"].update(entries={"action.wrist": "none"}))
+    with pytest.raises(VlaError, match=r"action\.wrist: no such entry; choices: elbow, shoulder"):
+        Checkpoint.load(tmp_path / "policy")
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(saved: Path) -> None:
+    """Files may grow to 20 kB only, in a process of its own: less than the weights need."""
+    before = fingerprint(saved)
+    script = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "from vla_core.checkpoint import Checkpoint\n"
+        "found = Checkpoint.load(sys.argv[1])\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
+        "try:\n    found.save(sys.argv[1])\n"
+        "except (OSError, ValueError) as error:\n    print(type(error).__name__, error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(saved)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "cannot be written" in done.stdout or "File too large" in done.stdout
+    assert len(done.stdout.strip().splitlines()) == 1
+    assert fingerprint(saved) == before
+    Checkpoint.load(saved)
+    assert os.listdir(saved.parent) == ["policy"]

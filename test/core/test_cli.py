@@ -16,7 +16,8 @@ from vla_core.cli import main
 from vla_core.config import to_dict
 from vla_core.contract import RobotContract
 from vla_core.data.bag import BagWriter
-from vla_core.data.dataset import convert, load
+from vla_core.data.convert import convert
+from vla_core.data.dataset import load
 from vla_core.model.action_head.mlp_action_head import MLPHeadConfig
 from vla_core.model.vla.mini_vla import MiniVLA, MiniVLAConfig
 from vla_core.model.vlm.text_encoder import WordTokenizer
@@ -75,7 +76,7 @@ def test_the_loop_of_a_user(made: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert "2 episodes, 35 ticks" in run("convert", "bags", "--out", "data", "--recipe", "toy.yaml")
     assert [e.bag for e in load(made / "data").episodes] == ["one", "two"]
     run("train", "toy.yaml", "training.steps=6", "--dataset", "data", "--validation", "set", "--out", "run/policy")
-    assert any((made / "run" / "tensorboard").iterdir())
+    assert any((made / "run" / "policy.training" / "tensorboard").iterdir())
     assert Policy.load(made / "run" / "policy").checkpoint.config.provenance["recipe"] == "toy.yaml"
     run("replay", "run/policy", "bags/one", "--out", "replayed")
     figures = json.loads((made / "replayed" / "replay.json").read_text())
@@ -83,7 +84,7 @@ def test_the_loop_of_a_user(made: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert all((made / "replayed" / name).read_bytes()[:4] == b"\x89PNG" for name in ("traces.png", "errors.png"))
     expected = {
         "bags": ("one", "two", "arm/state", "toy, 100 Hz"),
-        "data": ("35 ticks", "camera: 8x6", "'lift it'"),
+        "data": ("35 frames", "camera: 8x6", "'lift it'"),
         "run/policy": ("parameters", "shoulder [rad/s]", "recipe: toy.yaml"),
     }
     for path, words in expected.items():
@@ -95,7 +96,7 @@ def test_recipes(made: Path, fails: Fails) -> None:
     common = ("--dataset", "set", "--out", "new")
     assert "'maxi'; choices: driving, mini_vla, " in fails("train", "maxi", *common)
     line = fails("train", "mini_vla", "training.stepz=3", *common)
-    assert "training.stepz: unknown key; choices: batch_size, " in line
+    assert "training.stepz: unknown key; choices: accumulate, " in line
     assert "model.head.type: found 'x'" in fails("train", "mini_vla", "model.head.type=x", *common)
     assert "expected key=value" in fails("train", "mini_vla", "steps", *common)
     (made / "bad.yaml").write_text("observation: [")
@@ -118,10 +119,10 @@ def test_a_device_that_is_not_there(made: Path, fails: Fails, device: str) -> No
 
 
 def test_datasets(made: Path, fails: Fails) -> None:
-    assert "nowhere: no dataset here" in fails("train", "toy.yaml", "--dataset", "nowhere", "--out", "new")
+    assert "nowhere/meta/info.json is missing" in fails("train", "toy.yaml", "--dataset", "nowhere", "--out", "new")
     assert "another observation" in fails("train", "mini_vla", "--dataset", "set", "--out", "new")
     line = fails("train", "toy.yaml", "--dataset", "set", "--validation", "nothing", "--out", "new")
-    assert "nothing: no dataset" in line
+    assert "nothing/meta/info.json is missing" in line
     assert not (made / "new").exists()
 
 
@@ -144,7 +145,7 @@ def test_bags(made: Path, fails: Fails) -> None:
     assert "no bag here" in fails("convert", "policy", *out)
     assert "image" in fails("convert", "bags", "--out", "new"), "the default recipe sees what the toy robot lacks"
     assert "set exists already" in fails("convert", "bags", "--out", "set", "--recipe", "toy.yaml")
-    assert "'nobody'; choices: arm, diff_drive, metaworld_sawyer" in fails(
+    assert "'nobody'; choices: arm, diff_drive, libero, metaworld_sawyer" in fails(
         "convert", "bags", *out, "--contract", "nobody"
     )
     assert "the contracts disagree" in fails("convert", "bags", *out, "--contract", "metaworld_sawyer")
@@ -162,7 +163,8 @@ def test_bags(made: Path, fails: Fails) -> None:
     writer.abort()
     assert "two: never closed" in fails("convert", "bags", *out)
     assert main(["inspect", "bags/two"]) == 0, "what a killed recorder left can be looked at"
-    assert not (made / "new").exists() and not list(made.glob(".*"))
+    assert not (made / "new").exists()
+    assert [path.name for path in made.glob(".*")] == [".new.partial"], "the other bag need not be read again"
 
 
 def test_inspect(made: Path, fails: Fails) -> None:
@@ -172,8 +174,8 @@ def test_inspect(made: Path, fails: Fails) -> None:
     assert "empty: no bag" in fails("inspect", "empty")
     (made / "policy" / "statistics.json").unlink()
     assert "statistics.json missing" in fails("inspect", "policy")
-    (made / "set" / "dataset.json").write_text("{")
-    assert "set: damaged" in fails("inspect", "set")
+    (made / "set" / "meta" / "info.json").write_text("{")
+    assert "info.json: damaged" in fails("inspect", "set")
 
 
 @pytest.mark.parametrize("command", ["evaluate", "replay"])
@@ -225,8 +227,8 @@ def test_an_evaluation_in_the_simulator(sawyer: Path, capsys: pytest.CaptureFixt
     assert main([*common, "--out", "new/figures.json"]) == 0
     assert "success 0.00 (95 % interval 0.00 to 0.66) over 2 episodes of push-v3" in capsys.readouterr().out
     figures = json.loads((sawyer / "new" / "figures.json").read_text())
-    assert figures["instruction"] == "push the puck to the goal"
     (run,) = figures["runs"]
+    assert {episode["instruction"] for episode in run["episodes"]} == {"push the puck to the goal"}
     assert run["success_rate"] == 0 and run["success_ci95"] == pytest.approx([0, 0.6576], abs=1e-4)
     assert run["delay_steps"] == 0 and run["execution"]["strategy"] == "receding"
     assert [(e["seed"], e["success"], e["steps"]) for e in run["episodes"]] == [(30, False, 24), (31, False, 24)]
@@ -270,7 +272,7 @@ def test_assignments_may_follow_the_options(tmp_path: Path, capsys: pytest.Captu
         main([*arguments, "--stepz", "3"])
     assert stop.value.code == 2 and "--stepz" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        main(["inspect", str(tmp_path), "a=b"])
+        main(["replay", str(tmp_path), str(tmp_path), "--out", "new", "a=b"])
     assert "unrecognized arguments: a=b" in capsys.readouterr().err
 
 

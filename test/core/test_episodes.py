@@ -1,21 +1,22 @@
-"""From bags to ticks and training windows, against a reconstruction in the plainest way: loops over lists."""
+"""From bags to ticks, against a reconstruction in the plainest way: loops over lists."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
+import struct
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from vla_core.contract import ContractError, RobotContract
-from vla_core.data.bag import CONTRACT_KEY, BagError, BagWriter
-from vla_core.data.dataset import ChunkWindows, Dataset, DatasetError, convert, load
-from vla_core.data.episodes import Commands, read_episode, replay_ticks
-from vla_core.errors import VlaError
-from vla_core.observation.builder import ObservationBuilder, ObservationSpec
+from vla_core.commands import encode
+from vla_core.data.bag import CONTRACT_KEY, BagWriter
+from vla_core.data.episodes import Commands, StampOrder, episode_starts, replay_ticks
+from vla_core.observation.builder import ObservationBuilder, ObservationSpec, Unobserved
+from vla_core.observation.memory_buffer import MemoryBuffer
 from vla_core.observation.messages import Message
 
 from .helpers import (
@@ -28,14 +29,15 @@ from .helpers import (
     arm,
     camera,
     command,
-    dataset,
     mark,
     pixels,
     stream_messages,
     task,
-    with_stream,
+    with_action,
     write_bag,
 )
+from .replayed import read_episode
+from .test_multi_sensor import assert_equal
 
 
 class Recording:
@@ -200,175 +202,183 @@ def test_a_command_answers_the_tick_of_its_own_period() -> None:
 
 def test_marks_say_what_the_episode_was(tmp_path: Path) -> None:
     path = write_bag(tmp_path / "bag", stream_messages(6, outcome=2, seed=41))
-    found = read_episode(path, CONTRACT, SPEC).info
+    before, found = read_episode(path, CONTRACT, SPEC).infos
+    assert before.outcome == "unknown"
     assert (found.seed, found.task, found.instruction, found.outcome) == (41, "lift", "lift it", "failed")
     unmarked = [m for m in stream_messages(6) if m.topic != "episode"]
-    assert read_episode(write_bag(tmp_path / "b2", unmarked), CONTRACT, SPEC).info.outcome == "unknown"
+    (only,) = read_episode(write_bag(tmp_path / "b2", unmarked), CONTRACT, SPEC).infos
+    assert only.outcome == "unknown"
 
 
-def test_an_episode_without_any_command_in_time_is_refused(tmp_path: Path) -> None:
-    recorded = [m for m in stream_messages(6) if m.topic != "arm/command"] + [command(START - 9 * STEP, 1)]
-    with pytest.raises(BagError, match="no tick has both an observation and a command: 1 commands, 6 ticks"):
-        read_episode(write_bag(tmp_path / "bag", recorded), CONTRACT, SPEC)
+# --- streaming ------------------------------------------------------------------------------------------------------
 
 
-# --- datasets -------------------------------------------------------------------------------------------------------
+def reference(messages: list[Message], builder: ObservationBuilder, buffer: MemoryBuffer) -> Iterator[int]:
+    """The same ticks from lists that are sorted as a whole, with all that is to come known in advance."""
+    feed = sorted((m for m in messages if m.topic in builder.by_topic), key=lambda m: m.stamp_ns)
+    starts = episode_starts(messages)
+    patience_ns = 2 * max((stream.period_ns or 0 for stream in builder.streams.values()), default=0)
+    tick_ns = whole_ns = None
+    fed = 0
+
+    def feed_until(until_ns: int) -> None:
+        nonlocal fed
+        while fed < len(feed) and feed[fed].stamp_ns <= until_ns:
+            for name in builder.by_topic[feed[fed].topic]:
+                buffer.add(name, feed[fed].stamp_ns, feed[fed].data)
+            fed += 1
+
+    for place, message in enumerate(feed):
+        while starts and starts[0] <= message.stamp_ns:
+            buffer.start_episode(starts.pop(0))
+            tick_ns = whole_ns = None
+        feed_until(message.stamp_ns)
+        border_ns = starts[0] if starts else 2**63
+        next_ns = feed[place + 1].stamp_ns if place + 1 < len(feed) else message.stamp_ns + STEP
+        if tick_ns is None:
+            absent = builder.absent(buffer, message.stamp_ns)
+            whole_ns = None if absent else whole_ns or message.stamp_ns
+            waited = whole_ns is not None and message.stamp_ns - whole_ns >= patience_ns
+            if waited or not builder.due(buffer, message.stamp_ns):
+                tick_ns, whole_ns = message.stamp_ns, None
+        while tick_ns is not None and tick_ns < min(next_ns, border_ns):
+            feed_until(min(tick_ns + builder.lookahead_ns, border_ns - 1))
+            yield tick_ns
+            tick_ns += STEP
+            if tick_ns - message.stamp_ns > 2_000 * MS:
+                tick_ns = None
 
 
-def test_dataset_round_trip(tmp_path: Path) -> None:
-    paths = [write_bag(tmp_path / f"bag{i}", stream_messages(20 + i, seed=i)) for i in range(2)]
-    progress: list[int] = []
-    converted = convert(paths, tmp_path / "set", SPEC, progress=progress.append)
-    assert progress == [1, 2]
-    for found in (converted, load(tmp_path / "set")):
-        assert found.contract == CONTRACT and found.spec == SPEC and found.frames == 41
-        for i, episode in enumerate(found.episodes):
-            ticks = 20 + i
-            assert (episode.instruction, episode.seed, episode.bag) == ("lift it", i, f"bag{i}")
-            assert episode.stamps_ns.tolist() == [START + k * STEP for k in range(ticks)]
-            assert episode.state.dtype == episode.action.dtype == np.float32
-            expected = np.array([[k / 100, i] for k in range(ticks)], np.float32)
-            np.testing.assert_array_equal(episode.state, expected)
-            expected = np.array([[k / 200, -k / 100] for k in range(ticks)], np.float32)
-            np.testing.assert_array_equal(episode.action, expected)
-            held = [pixels(1000 * i + k - k % 4) for k in range(ticks)]
-            np.testing.assert_array_equal(episode.images["camera"], np.stack(held))
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10_000), st.booleans(), st.integers(0, 3))
+def test_a_stream_gives_what_whole_lists_give(seed: int, offline: bool, marks: int) -> None:
+    """Ticks, observations and commands, message by message, against everything sorted in memory."""
+    rng = np.random.default_rng(seed)
+    recording = Recording(seed)
+    streams = dict(CONTRACT.observations)
+    if offline:
+        streams["arm"] = dataclasses.replace(streams["arm"], sampling="interpolate", tolerance_s=0.04)
+        streams["camera"] = dataclasses.replace(streams["camera"], sampling="nearest", tolerance_s=0.05)
+    contract = dataclasses.replace(CONTRACT, offline=offline, observations=streams)
+    spec = dataclasses.replace(SPEC, history=int(rng.integers(1, 4)))
+    received = [dataclasses.replace(m, receive_ns=receive_ns) for receive_ns, _, m in recording.received]
+    received = [m for m in received if not 300 * MS < m.stamp_ns - START < 300 * MS + int(rng.integers(0, 90)) * MS]
+    if rng.random() < 0.3:  # everything is silent for long
+        received = [m if m.stamp_ns < START + 700 * MS else moved(m, 2500 * MS) for m in received]
+    for stamp in rng.integers(0, 1200 * MS, marks).tolist():
+        state = int(rng.integers(0, 2))
+        received.append(dataclasses.replace(mark(START + stamp, state), receive_ns=START + stamp + 30 * MS))
+    received.sort(key=lambda m: m.receive_ns or 0)
+
+    builder = ObservationBuilder(contract, spec)
+    buffer, commands = builder.make_buffer(), Commands(received, contract)
+    expected = []
+    for tick in reference(received, builder, buffer):
+        expected.append((tick, seen_at(builder, buffer, tick), commands.at(tick), commands.at(tick + 3 * STEP)))
+    assert len(expected) > 20
+
+    builder = ObservationBuilder(contract, spec)
+    buffer, commands = builder.make_buffer(), Commands((), contract, ahead_ns=4 * STEP)
+    order = StampOrder(iter(received), builder.by_topic, window_ns=60 * MS)
+    ticks = replay_ticks(iter(order), builder, buffer, commands)
+    for tick in ticks:
+        due, seen, now, later = expected.pop(0)
+        assert tick == due
+        assert_equal(seen_at(builder, buffer, tick), seen)
+        np.testing.assert_array_equal(commands.at(tick), now)
+        np.testing.assert_array_equal(commands.at(tick + 3 * STEP), later)
+    assert not expected and not order.late and not order.future
 
 
-def test_failed_and_aborted_episodes_are_no_demonstrations(tmp_path: Path) -> None:
-    paths = [write_bag(tmp_path / f"bag{o}", stream_messages(5, outcome=o)) for o in (1, 2, 3)]
-    assert [e.bag for e in convert(paths, tmp_path / "good", SPEC).episodes] == ["bag1"]
-    described = json.loads((tmp_path / "good" / "dataset.json").read_text())
-    assert described["left_out"] == ["bag2", "bag3"]
-    everything = convert(paths, tmp_path / "all", SPEC, keep_failed=True)
-    assert [e.bag for e in everything.episodes] == ["bag1", "bag2", "bag3"]
-    with pytest.raises(DatasetError, match=r"none of the 2 episodes succeeded.*--keep-failed"):
-        convert(paths[1:], tmp_path / "none", SPEC)
-    assert not (tmp_path / "none").exists()
+def moved(message: Message, by_ns: int) -> Message:
+    data = bytearray(message.data)
+    if message.topic != "task":
+        seconds, nanoseconds = divmod(message.stamp_ns + by_ns, 1_000_000_000)
+        data[4:12] = struct.pack("<iI", seconds, nanoseconds)
+    assert message.receive_ns is not None
+    return Message(message.topic, message.type, message.stamp_ns + by_ns, bytes(data), message.receive_ns + by_ns)
 
 
-def test_a_dataset_says_what_it_cannot_hold(tmp_path: Path) -> None:
-    path = write_bag(tmp_path / "bag", stream_messages(12))
-    with pytest.raises(DatasetError, match=r"holds images, one state and an instruction, not history; take them out"):
-        convert([path], tmp_path / "set", dataclasses.replace(SPEC, history=2))
-    lenient = with_stream("camera", missing="mask", max_age_s=0.02)
-    gaps = write_bag(tmp_path / "gaps", stream_messages(12), lenient)
-    with pytest.raises(DatasetError, match=r"gaps: camera is masked at 3 of 12 ticks, and a dataset has no masks"):
-        convert([gaps], tmp_path / "set", SPEC)
-    assert not (tmp_path / "set").exists()
+def seen_at(builder: ObservationBuilder, buffer: MemoryBuffer, tick: int) -> object:
+    try:
+        return builder.build(buffer, tick)
+    except Unobserved as refusal:
+        return str(refusal)
 
 
-def test_an_episode_that_never_ended_is_no_demonstration(tmp_path: Path) -> None:
-    """Its last mark is that it started: the recorder was stopped before the outcome was known."""
-    unfinished = [m for m in stream_messages(8) if m.topic != "episode"] + [mark(START, 0)]
-    whole = write_bag(tmp_path / "whole", stream_messages(8))
-    path = write_bag(tmp_path / "unfinished", unfinished)
-    assert [e.bag for e in convert([whole, path], tmp_path / "set", SPEC).episodes] == ["whole"]
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 3000), st.integers(0, 900)), max_size=60), st.integers(0, 500))
+def test_what_is_overtaken_within_the_window_is_put_in_order(arrivals: list[tuple[int, int]], window: int) -> None:
+    """Against the definition: late is what comes more than the window after something with a newer stamp."""
+    received = sorted(((START + stamp * MS, START + (stamp + delay) * MS) for stamp, delay in arrivals),
+                      key=lambda pair: pair[1])  # fmt: skip
+    messages = [dataclasses.replace(arm(stamp, 0), receive_ns=receive) for stamp, receive in received]
+    order = StampOrder(messages, window_ns=window * MS)
+    found = list(order)
+    assert sorted(m.stamp_ns for m in found) == sorted(stamp for stamp, _ in received), "nothing is lost"
+    # When a message comes, all have left up to the newest stamp among those that were a window old by then.
+    late = 0
+    for i, (stamp, _) in enumerate(received):
+        left = [s for s, r in received[:i] if received[i - 1][1] - r > window * MS]
+        late += bool(left) and max(left) > stamp
+    assert order.late["arm/state"] == late
+    if not late:
+        assert [m.stamp_ns for m in found] == sorted(stamp for stamp, _ in received)
 
 
-def test_nothing_is_left_behind_by_a_bad_bag(tmp_path: Path) -> None:
-    good = write_bag(tmp_path / "good", stream_messages(6))
-    bad = write_bag(tmp_path / "bad", [m for m in stream_messages(6) if m.topic != "task"])
-    with pytest.raises(BagError, match="'task'"):
-        convert([good, bad], tmp_path / "set", SPEC)
-    assert sorted(os.listdir(tmp_path)) == ["bad", "good"]
+def test_what_waits_to_be_sorted_is_bounded() -> None:
+    """By the window, and by bytes where that is less: counted by how far reading runs ahead of giving."""
+    messages = [dataclasses.replace(camera(START + k * STEP, k % 3), receive_ns=START + k * STEP) for k in range(400)]
+    size = len(messages[0].data)
+    for options, most in (({"window_ns": 50 * STEP}, 52), ({"max_bytes": 20 * size}, 22)):
+        read = 0
+
+        def counted() -> Iterator[Message]:
+            nonlocal read
+            for message in messages:
+                read += 1
+                yield message
+
+        ahead = [read - given for given, _ in enumerate(StampOrder(counted(), **options))]
+        assert max(ahead) <= most
 
 
-def test_an_existing_folder_is_not_touched(tmp_path: Path) -> None:
-    (tmp_path / "set").mkdir()
-    (tmp_path / "set" / "mine.txt").write_text("keep")
-    with pytest.raises(DatasetError, match="exists already"):
-        convert([write_bag(tmp_path / "bag", stream_messages(5))], tmp_path / "set", SPEC)
-    assert [p.name for p in (tmp_path / "set").iterdir()] == ["mine.txt"]
-    with pytest.raises(DatasetError, match="no bags"):
-        convert([], tmp_path / "other", SPEC)
+def test_stamps_that_a_robot_would_not_believe_are_left_out_and_counted() -> None:
+    late_clock = [dataclasses.replace(arm(START + d, 0), receive_ns=START) for d in (0, 250 * MS, 251 * MS, 10**17)]
+    plans = [dataclasses.replace(command(START + d, 0), receive_ns=START) for d in (500 * MS, 2001 * MS)]
+    order = StampOrder([*late_clock, *plans], {"arm/state"})
+    assert [m.stamp_ns - START for m in order] == [0, 250 * MS, 500 * MS]
+    assert order.future == {"arm/state": 2, "arm/command": 1}
 
 
-def test_bags_of_another_contract_are_refused_and_remapped_topics_are_not(tmp_path: Path) -> None:
-    first = write_bag(tmp_path / "first", stream_messages(5))
-    other = write_bag(tmp_path / "other", stream_messages(5), with_stream("arm", max_age_s=0.5))
-    with pytest.raises(ContractError, match=r"observations\.arm\.max_age_s.*0\.05.*other has 0\.5"):
-        convert([first, other], tmp_path / "set", SPEC)
-
-    moved = [dataclasses.replace(m, topic="left/state") if m.topic == "arm/state" else m for m in stream_messages(5)]
-    remapped = write_bag(tmp_path / "remapped", moved, with_stream("arm", topic="left/state"))
-    assert len(convert([first, remapped], tmp_path / "set", SPEC).episodes) == 2
-
-
-@pytest.mark.parametrize("damage", ["[]", "{}", '{"format": "vla_ros_dataset_v1"}', "{", "null", '{"format": "v0"}'])
-def test_a_damaged_dataset_is_named(tmp_path: Path, damage: str) -> None:
-    convert([write_bag(tmp_path / "bag", stream_messages(5))], tmp_path / "set", SPEC)
-    (tmp_path / "set" / "dataset.json").write_text(damage)
-    with pytest.raises(DatasetError) as caught:
-        load(tmp_path / "set")
-    assert str(tmp_path / "set") in str(caught.value) and "\n" not in str(caught.value)
+def test_a_message_that_is_late_still_reaches_the_buffer() -> None:
+    builder = ObservationBuilder(CONTRACT, ObservationSpec(state=("arm",)))
+    buffer = builder.make_buffer()
+    recorded = [dataclasses.replace(arm(START + k * STEP, k), receive_ns=START + k * STEP) for k in range(20) if k != 5]
+    recorded.insert(9, dataclasses.replace(arm(START + 5 * STEP, 5), receive_ns=START + 9 * STEP))
+    order = StampOrder(recorded, builder.by_topic, window_ns=0)
+    seen = {tick: builder.build(buffer, tick).state[0] for tick in replay_ticks(iter(order), builder, buffer)}
+    assert order.late == {"arm/state": 1}
+    assert [seen[START + k * STEP] for k in range(20)] == [0, 1, 2, 3, 4, 4, *range(6, 20)]
+    assert buffer.window("arm", START + 4 * STEP, START + 6 * STEP)[0][0] == START + 5 * STEP
 
 
-def test_a_dataset_whose_episode_is_cut_or_gone_is_named(tmp_path: Path) -> None:
-    convert([write_bag(tmp_path / "bag", stream_messages(5))], tmp_path / "set", SPEC)
-    (file,) = (tmp_path / "set" / "episodes").iterdir()
-    os.truncate(file, file.stat().st_size - 10)
-    with pytest.raises(DatasetError, match="damaged dataset"):
-        load(tmp_path / "set")
-    file.unlink()
-    with pytest.raises(VlaError, match="damaged dataset"):
-        load(tmp_path / "set")
-    with pytest.raises(DatasetError, match="no dataset here"):
-        load(tmp_path / "absent")
+def test_chunks_are_looked_up_row_by_row_while_the_bag_streams() -> None:
+    """Commands that are chunks: the newest one not after the tick, row by row, and none beyond its end."""
+    contract = with_action(type="trajectory_msgs/msg/JointTrajectory", publish="chunk")
+    action = contract.actions["arm"]
 
+    def chunk(stamp_ns: int, value: float) -> Message:
+        rows = value + np.arange(4)[:, None] / 10 * np.ones(2)
+        return Message(action.topic, action.type, stamp_ns, encode(action, stamp_ns, rows, STEP))
 
-@pytest.mark.parametrize("horizon", [1, 4, 30])
-def test_windows_against_a_loop(horizon: int) -> None:
-    data = dataset((7, 1, 12))
-    windows = ChunkWindows(data, horizon)
-    assert len(windows) == 20
-    actions, mask = windows.chunks(np.arange(20))
-    assert actions.shape == (20, horizon, 2) and mask.shape == (20, horizon)
-    row = 0
-    for episode in data.episodes:
-        for k in range(len(episode)):
-            for h in range(horizon):
-                assert mask[row, h] == (k + h < len(episode))
-                inside = min(k + h, len(episode) - 1)
-                np.testing.assert_array_equal(actions[row, h], episode.action[inside])
-            np.testing.assert_array_equal(windows.state[row], episode.state[k])
-            np.testing.assert_array_equal(windows.images["camera"][row].numpy(), episode.images["camera"][k])
-            assert windows.instructions[row] == episode.instruction
-            row += 1
-    picked = np.array([19, 0, 7])
-    np.testing.assert_array_equal(windows.chunks(picked)[0], actions[picked])
-
-
-def test_a_window_does_not_reach_over_a_gap_in_time() -> None:
-    """Ticks that were dropped (a stale camera) leave a hole: row k of a chunk must stay at tick + k steps.
-
-    Trained across the hole, a policy would learn to act early by the length of every hole.
-    """
-    whole = dataset((10,))
-    (episode,) = whole.episodes
-    keep = np.array([0, 1, 2, 3, 7, 8, 9])
-    holed = dataclasses.replace(
-        episode, images={"camera": episode.images["camera"][keep]}, state=episode.state[keep],
-        action=episode.action[keep], stamps_ns=episode.stamps_ns[keep],
-    )  # fmt: skip
-    actions, mask = ChunkWindows(Dataset(whole.contract, whole.spec, [holed]), 4).chunks(np.arange(7))
-    for row, tick in enumerate(keep):
-        for h in range(4):
-            if mask[row, h]:
-                np.testing.assert_array_equal(actions[row, h], episode.action[tick + h])
-    assert mask.tolist() == [[k + h in keep for h in range(4)] for k in keep]
-
-
-def test_statistics_are_over_all_ticks_of_all_episodes() -> None:
-    data = dataset((7, 12))
-    found = data.statistics()
-    stacked = np.concatenate([e.action for e in data.episodes]).astype(np.float64)
-    np.testing.assert_allclose(found["action"]["mean"], stacked.mean(0))
-    assert found["state"]["count"] == [19]
-
-
-def test_the_contract_given_by_hand_must_be_that_of_the_bags(tmp_path: Path) -> None:
-    path = write_bag(tmp_path / "bag", stream_messages(5))
-    other: RobotContract = dataclasses.replace(CONTRACT, rate_hz=50.0)
-    with pytest.raises(ContractError, match=r"rate_hz: the dataset has 50\.0, .*bag has 100\.0"):
-        convert([path], tmp_path / "set", SPEC, other)
+    builder = ObservationBuilder(contract, ObservationSpec(state=("arm",)))
+    recorded = [arm(START + k * STEP, k) for k in range(12)]
+    recorded += [chunk(START + 2 * STEP, 0.0), chunk(START + 4 * STEP, 0.5), chunk(START + 9 * STEP + 1, -0.5)]
+    commands = Commands((), contract)
+    found = {}
+    for tick in replay_ticks(recorded, builder, builder.make_buffer(), commands):
+        value = commands.at(tick)
+        found[(tick - START) // STEP] = None if value is None else round(float(value[0]), 3)
+    expected = {k: None for k in range(12)} | {2: 0.0, 3: 0.1} | {4 + k: 0.5 + k / 10 for k in range(4)}
+    assert found == expected | {10: -0.5, 11: -0.4}

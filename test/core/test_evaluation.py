@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from vla_core.data.bag import BagError
-from vla_core.evaluation.metrics import percentile, wilson_interval
+from vla_core.evaluation.metrics import percentile, student_interval, wilson_interval
 from vla_core.evaluation.open_loop import Replay, replay
 from vla_core.evaluation.parity import InputLog, ParityError, compare
 from vla_core.model.action_head.diffusion_action_head import DiffusionHeadConfig
@@ -61,6 +61,17 @@ def test_wilson_is_symmetric_holds_the_rate_and_solves_its_equation(case: tuple[
 def test_impossible_counts_are_refused(successes: int, trials: int) -> None:
     with pytest.raises(ValueError, match=f"{successes} successes in {trials} trials"):
         wilson_interval(successes, trials)
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 11, 31, 40])
+def test_the_interval_over_a_few_trainings_is_students(count: int) -> None:
+    from scipy import stats
+
+    rates = np.random.default_rng(count).uniform(0.4, 0.6, count)
+    expected = stats.t.interval(0.95, count - 1, rates.mean(), stats.sem(rates))
+    found = student_interval(rates.tolist())
+    assert found == pytest.approx(np.clip(expected, 0, 1), abs=1e-4)
+    assert student_interval(rates[:1].tolist()) is None
 
 
 def test_percentile() -> None:

@@ -26,6 +26,7 @@ from vla_core.model.vlm.language_model import (
     LLMBackbone,
     LLMConfig,
     PrefixCache,
+    PrefixTable,
     TinyGRU,
     TinyGRUConfig,
     build_language,
@@ -254,6 +255,57 @@ def test_the_prefix_is_computed_again_when_instruction_or_weights_change(family:
     assert cache.computed == 11
     with pytest.raises(VlaError, match="the prefix cache is for inference"):
         model.train()(first, seen, cache=cache)
+
+
+def right_padded(batch: int, length: int, generator: torch.Generator) -> Tensor:
+    """Rows of 1 to ``length`` ids, of few different ones, so that rows repeat."""
+    text = torch.randint(2, 4, (batch, length), generator=generator)
+    lengths = torch.randint(1, length + 1, (batch, 1), generator=generator)
+    return torch.where(torch.arange(length) < lengths, text, PAD)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@given(batch=st.integers(1, 5), length=st.integers(1, 5), count=st.integers(1, 3), seed=st.integers(0, 99))
+@settings(max_examples=6, deadline=None)
+def test_a_frozen_model_trains_alike_with_a_table_of_prefixes(
+    family: str, batch: int, length: int, count: int, seed: int
+) -> None:
+    model, table = build(family, freeze=True).train(), PrefixTable()
+    generator, said = torch.Generator().manual_seed(seed), set()
+    for step in range(3):
+        text = right_padded(batch, length, generator)
+        said |= {tuple(row[row != PAD].tolist()) for row in text}
+        found = []
+        for cache in (None, table):
+            seen = vision(batch, count, seed + step)
+            seen.values.requires_grad_(True)
+            features = model(text, seen, cache=cache)
+            there = features.values[features.mask]
+            there.square().sum().backward()
+            found.append((features.mask, there.detach(), seen.values.grad))
+        assert torch.equal(found[0][0], found[1][0])
+        torch.testing.assert_close(found[1][1:], found[0][1:], atol=2e-5, rtol=1e-4)
+    assert table.computed == len(said), "each instruction once"
+
+
+def test_a_table_follows_the_weights_and_refuses_what_it_cannot_look_up() -> None:
+    model, table, seen = build("llama", freeze=True).train(), PrefixTable(), vision(1, 2)
+    text = ids([2, 3, 4])
+    model(text, seen, cache=table)
+    with torch.no_grad():
+        next(model.parameters()).add_(0.5)
+    torch.testing.assert_close(model(text, seen, cache=table), model(text, seen), atol=1e-5, rtol=1e-4)
+    model.to(torch.float64)
+    torch.testing.assert_close(model(text, seen, cache=table), model(text, seen))
+    assert table.computed == 3
+    with pytest.raises(VlaError, match="expected the padding on the right"):
+        model(ids([PAD, 3, 4]), seen, cache=table)
+    assert model.repeats
+    assert not build("llama").train().repeats, "its weights change"
+    assert not build("llama", freeze=True, architecture={**SIZES, "attention_dropout": 0.1}).train().repeats
+    assert not build("llama", freeze=True, gradient_checkpointing=True).train().repeats
+    with pytest.raises(VlaError, match="for inference and frozen models"):
+        build("llama").train()(text, seen, cache=PrefixTable())
 
 
 def test_only_new_tokens_are_run_with_a_cache() -> None:

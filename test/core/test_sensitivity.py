@@ -15,7 +15,7 @@ from vla_core.cli import main
 from vla_core.config import to_dict
 from vla_core.contract import RobotContract
 from vla_core.errors import VlaError
-from vla_core.evaluation.sensitivity import SensitivityError, sensitivity
+from vla_core.evaluation.sensitivity import sensitivity
 from vla_core.observation import messages
 from vla_core.observation.builder import Observation, ObservationSpec
 from vla_core.observation.messages import Message
@@ -150,9 +150,11 @@ def test_one_instruction_cannot_be_swapped(place: Path) -> None:
 
 def test_data_of_another_robot_or_another_observation(place: Path) -> None:
     checkpoint = Checkpoint.load(place / "policy")
-    spec = dataclasses.replace(checkpoint.config.observation, state=())
+    (camera,) = checkpoint.config.observation.images
+    size = ImageSize(height=5, width=5)
+    spec = dataclasses.replace(checkpoint.config.observation, images={camera: size})
     other = dataclasses.replace(checkpoint, config=dataclasses.replace(checkpoint.config, observation=spec))
-    with pytest.raises(SensitivityError, match="another observation"):
+    with pytest.raises(VlaError, match=f"another observation; it has no images.{camera} 5x5"):
         sensitivity(other, place / "data")
     sawyer = dataclasses.replace(checkpoint, contract=RobotContract.load("metaworld_sawyer"))
     with pytest.raises(VlaError, match="contracts disagree"):

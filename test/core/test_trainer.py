@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
+import types
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from vla_core.data.dataset import ChunkWindows, Dataset
+from vla_core.checkpoint import Checkpoint
+from vla_core.data.batches import Batches
+from vla_core.data.dataset import Dataset
+from vla_core.data.options import DataOptions, Validation
 from vla_core.errors import VlaError
 from vla_core.model.action_head.diffusion_action_head import DiffusionHeadConfig
 from vla_core.observation.builder import ImageSize, ObservationSpec
-from vla_core.observation.normalizer import Normalizer
+from vla_core.runtime.policy import Policy
 from vla_core.training import trainer
+from vla_core.training.distributed import Processes
+from vla_core.training.measure import TrainingStep, held_out_loss
+from vla_core.training.options import ClosedLoop
 from vla_core.training.recipe import Recipe
 from vla_core.training.trainer import Progress, TrainingError, train
 
 from .helpers import SPEC, dataset, recipe
+from .whole_models import one_thread as one_thread
 
 
 def weights(result: trainer.Result) -> dict[str, torch.Tensor]:
@@ -28,6 +38,16 @@ def weights(result: trainer.Result) -> dict[str, torch.Tensor]:
 
 def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def held_out(result: trainer.Result, data: Dataset, size: int = 512) -> float:
+    """The loss of a finished policy over all windows of a dataset."""
+    batches = Batches(data, 4, result.checkpoint.normalizer, result.checkpoint.tokenizer)
+    processes = Processes()
+    try:
+        return held_out_loss(TrainingStep(result.checkpoint.model), batches, processes, size)
+    finally:
+        processes.close()
 
 
 def diffusion(**training: object) -> Recipe:
@@ -58,9 +78,7 @@ def test_two_episodes_can_be_learned_by_heart(pooling: str) -> None:
     result = train(dataclasses.replace(start, model=dataclasses.replace(start.model, vision=vision)), data,
                    data, report=lambda p: seen.append(p.loss))  # fmt: skip
     assert result.validation_loss is not None and result.validation_loss < seen[0] / 10
-    policy_inputs = ChunkWindows(data, 4)
     assert result.checkpoint.tokenizer.vocab_size == 5, "two reserved words and lift, it, drop"
-    assert len(policy_inputs) == data.frames
 
 
 @pytest.mark.parametrize("limit", [0.4, 0.95])
@@ -88,15 +106,16 @@ def test_the_averaged_weights_are_those_of_the_plain_run_averaged(
         # At the first step the average starts from the initial weights, which 0.9 of the first update replace.
         expected = values if expected is None else {n: decay * expected[n] + (1 - decay) * v for n, v in values.items()}
     assert expected is not None
-    for found, wanted in zip(averaged.checkpoint.model.parameters(), expected.values(), strict=True):
+    # Matrices stand before biases and norms, which are not decayed.
+    ordered = sorted(averaged.checkpoint.model.parameters(), key=lambda p: p.ndim < 2)
+    for found, wanted in zip(ordered, expected.values(), strict=True):
         torch.testing.assert_close(found.detach(), wanted, atol=1e-6, rtol=1e-5)
 
 
 def test_data_that_is_not_finite_stops_the_run() -> None:
     for field in ("state", "action"):
         data = dataset()
-        array = getattr(data.episodes[1], field)
-        array[3, 1] = np.nan
+        getattr(data, field)[23, 1] = np.nan
         with pytest.raises(VlaError, match="35 rows of which 1 are not finite"):
             train(recipe(), data)
 
@@ -109,10 +128,11 @@ def test_a_loss_that_explodes_stops_the_run() -> None:
 def test_weights_that_are_not_finite_are_never_handed_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """The loss of a step is taken before its update, so what the last update does is seen by no later loss."""
 
-    def overflow(parameters: Iterable[torch.nn.Parameter], limit: float) -> None:
+    def overflow(parameters: Iterable[torch.nn.Parameter], limit: float) -> torch.Tensor:
         gradient = next(iter(parameters)).grad
         assert gradient is not None
         gradient.fill_(float("nan"))
+        return torch.ones(())
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", overflow)
     with pytest.raises(TrainingError, match="not finite"):
@@ -126,23 +146,23 @@ def test_a_dataset_of_another_observation_is_refused() -> None:
     blind = ObservationSpec(state=("arm",), instruction="task")
     held_out = dataset((5,))
     with pytest.raises(VlaError, match="validation"):
-        train(recipe(), dataset(), Dataset(held_out.contract, blind, held_out.episodes))
+        train(recipe(), dataset(), dataclasses.replace(held_out, spec=blind))
 
 
 def test_held_out_loss_counts_every_known_step_once() -> None:
     """Batches of different size and masks must not weigh more or less: compare with all windows at once."""
     data = dataset((6, 3, 9))
     result = train(recipe(steps=2), data)
-    batches = trainer.Batches(data, 4, result.checkpoint.normalizer, result.checkpoint.tokenizer)
+    batches = Batches(data, 4, result.checkpoint.normalizer, result.checkpoint.tokenizer)
     model = result.checkpoint.model
     expected, count = 0.0, 0
     for i in range(len(batches)):
-        inputs, actions, mask = batches.draw(np.array([i]))
+        inputs, actions, mask = batches.draw(np.array([i]))[:3]
         error = (model.predict(inputs) - actions).abs()[0]
         expected += error[mask[0]].sum().item()
         count += int(mask.sum()) * 2
     for size in (512, 5):
-        assert trainer.evaluate_loss(model, batches, size=size) == pytest.approx(expected / count, rel=1e-5)
+        assert held_out(result, data, size) == pytest.approx(expected / count, rel=1e-5)
 
 
 def test_learning_rate_warms_up_and_falls_to_zero() -> None:
@@ -168,44 +188,125 @@ def test_curves_go_to_tensorboard(tmp_path: Path) -> None:
     result = train(recipe(steps=12, validate_every=6), dataset(), dataset((5,)), tmp_path)
     events = EventAccumulator(str(tmp_path))
     events.Reload()
-    assert set(events.Tags()["scalars"]) == {"train/loss", "train/learning_rate", "validation/loss"}
+    assert set(events.Tags()["scalars"]) == {
+        "train/loss", "train/learning_rate", "train/gradient_norm", "train/samples_per_s", "train/data_wait_s",
+        "validation/loss", "open_loop/share", "open_loop/shoulder", "open_loop/elbow", "memory/peak_mb",
+    }  # fmt: skip
     curve = events.Scalars("validation/loss")
     assert [e.step for e in curve] == [6, 12] and curve[-1].value == pytest.approx(result.validation_loss)
 
 
-def test_a_shift_only_shifts() -> None:
-    """Inside the border each image is a roll of the original; at the border its edge is repeated."""
-    torch.manual_seed(1)
-    limit = 2
-    pictures = torch.rand(64, 3, 9, 12)
-    shifted = trainer._shift(pictures, limit)
-    assert shifted.shape == pictures.shape and shifted.is_contiguous()
-    moves = set()
-    for original, moved in zip(pictures.numpy(), shifted.numpy(), strict=True):
-        inner = (slice(None), slice(limit, -limit), slice(limit, -limit))
-        found = [
-            (dy, dx) for dy in range(-limit, limit + 1) for dx in range(-limit, limit + 1)
-            if np.array_equal(np.roll(original, (dy, dx), (1, 2))[inner], moved[inner])
-        ]  # fmt: skip
-        assert len(found) == 1
-        dy, dx = found[0]
-        padded = np.pad(original, ((0, 0), (limit, limit), (limit, limit)), mode="edge")
-        np.testing.assert_array_equal(moved, padded[:, limit - dy :, limit - dx :][:, :9, :12])
-        moves.add(found[0])
-    assert len(moves) > 15, "rows and columns are drawn for themselves, for each image"
-
-
 def test_augmentation_is_the_trainers_alone() -> None:
-    data = dataset()
-    options = recipe(image_shift=2, state_noise=0.5).training
-    normalizer = Normalizer(recipe().normalization, data.statistics())
-    tokenizer = train(recipe(steps=1), data).checkpoint.tokenizer
-    inputs, _, _ = trainer.Batches(data, 4, normalizer, tokenizer).draw(np.arange(10))
-    torch.manual_seed(0)
-    changed = trainer._augment(inputs, options)
-    assert not torch.equal(changed.state, inputs.state)
-    assert not torch.equal(changed.images["camera"], inputs.images["camera"])
-    assert torch.equal(changed.tokens, inputs.tokens)
-    same = trainer._augment(inputs, recipe().training)
-    assert torch.equal(same.state, inputs.state) and torch.equal(same.images["camera"], inputs.images["camera"])
+    """What is measured while training is what the finished policy gives on pictures that nobody has changed."""
+    data, rest = dataset(), dataset((5, 7))
+    options = {"image_shift": 2, "state_noise": 0.5, "ema_decay": 0.5, "batch_size": 35}
+    result = train(recipe(steps=4, **options), data, rest)
+    plain = train(recipe(steps=4, ema_decay=0.5, batch_size=35), data, rest)
+    assert not equal(weights(result), weights(plain))
+    assert result.validation_loss == pytest.approx(held_out(result, rest), rel=1e-6)
     assert data.spec == SPEC
+
+
+def test_open_loop_error_is_that_of_the_chunks_that_the_policy_would_send() -> None:
+    data, rest = dataset(), dataset((5, 7))
+    result = train(recipe(steps=5, open_loop=7, validation_batch=3, ema_decay=0.5), data, rest)
+    normalizer, model = result.checkpoint.normalizer, result.checkpoint.model
+    batches = Batches(rest, 4, normalizer, result.checkpoint.tokenizer)
+    chosen = np.unique(np.linspace(0, 11, 7).round().astype(int))
+    errors = []
+    for row in chosen:
+        inputs, _, mask = batches.draw(np.array([row]))[:3]
+        predicted = normalizer.unnormalize("action", model.predict(inputs).numpy())[0]
+        end = 5 if row < 5 else 12
+        for k in range(4):
+            assert bool(mask[0, k]) == (row + k < end)
+            if row + k < end:
+                errors.append(np.abs(predicted[k] - rest.action[row + k]))
+    mean = np.mean(errors, axis=0)
+    assert result.measured["open_loop/shoulder"] == pytest.approx(mean[0], rel=1e-4)
+    assert result.measured["open_loop/elbow"] == pytest.approx(mean[1], rel=1e-4)
+    assert result.measured["open_loop/share"] == pytest.approx(np.mean(mean / [1.0, 2.0]), rel=1e-4)
+    assert "open_loop/share" not in train(recipe(steps=1, open_loop=0), data, rest).measured
+
+
+def test_closed_loop_runs_the_averaged_policy_on_its_own_seeds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[tuple[str, list[int], int | None]] = []
+    given: list[dict[str, torch.Tensor]] = []
+
+    def simulate(policy: Policy, world: str, seeds: range, max_steps: int | None) -> dict[str, int]:
+        asked.append((world, list(seeds), max_steps))
+        given.append({name: value.clone() for name, value in policy.checkpoint.model.state_dict().items()})
+        return {"successes": 3 if len(asked) == 2 else 1}
+
+    monkeypatch.setattr("vla_core.evaluation.closed_loop.closed_loop_success", simulate)
+    wanted = ClosedLoop(world="push-v3", every=4, episodes=5, seed=700)
+    seen: list[Progress] = []
+    plan = recipe(steps=10, evaluate=wanted, ema_decay=0.5)
+    result = train(plan, dataset(), report=seen.append, folder=tmp_path)
+    assert asked == [("push-v3", [700, 701, 702, 703, 704], None)] * 3
+    assert {p.step: p.measured["closed_loop/success"] for p in seen if p.measured} == {4: 0.2, 8: 0.6, 10: 0.2}
+    assert equal(given[2], weights(result))
+    assert equal(given[1], Checkpoint.load(tmp_path / "best").model.state_dict()), (
+        "the best by success, the first of it"
+    )
+    monkeypatch.undo()
+    assert equal(weights(train(recipe(steps=10, ema_decay=0.5), dataset())), weights(result)), "it disturbs nothing"
+    with pytest.raises(VlaError, match="psuh-v3"):
+        train(recipe(evaluate=ClosedLoop(world="psuh-v3")), dataset())
+
+
+def test_episodes_of_the_same_dataset_are_held_out() -> None:
+    data = dataset((6, 3, 9, 4))
+    split = dataclasses.replace(recipe(steps=3), data=DataOptions(validation=Validation(episodes=(1, 3))))
+    kept = Dataset.select(data, [0, 2])
+    by_hand = train(recipe(steps=3), kept, data.select([1, 3]))
+    result = train(split, data)
+    assert equal(weights(result), weights(by_hand)) and result.validation_loss == by_hand.validation_loss
+    assert result.checkpoint.normalizer.statistics == kept.statistics(), "the held-out ones are not looked at"
+
+
+def test_every_dataset_of_a_mixture_has_its_own_statistics(tmp_path: Path) -> None:
+    """A robot whose numbers are ten times as large is the same one to the model."""
+    small = dataclasses.replace(dataset((20, 15)), name="small")
+    large = dataclasses.replace(dataset((20, 15)), name="large", state=10 * small.state, action=10 * small.action)
+    recipe_ = recipe(steps=40, batch_size=32, learning_rate=1e-2)
+    mixed = train(dataclasses.replace(recipe_, data=DataOptions(weights={"small": 1, "large": 3})), [small, large])
+    mixed.checkpoint.save(tmp_path / "mixed")
+    assert set(mixed.checkpoint.dataset_statistics) == {"small", "large"}
+    errors = {}
+    for data in (small, large):
+        found = Checkpoint.load(tmp_path / "mixed", dataset=data.name)
+        inputs = Batches(data, 4, found.normalizer, found.tokenizer).draw(np.arange(35)).inputs
+        predicted = found.normalizer.unnormalize("action", found.model.predict(inputs).numpy())
+        errors[data.name] = np.abs(predicted[:, 0] - data.action).mean()
+    assert errors["large"] == pytest.approx(10 * errors["small"], rel=1e-3)
+    with pytest.raises(VlaError, match=r"data\.weights\.tiny: no such dataset; choices: large, small"):
+        train(dataclasses.replace(recipe_, data=DataOptions(weights={"tiny": 1})), [small, large])
+    with pytest.raises(VlaError, match="datasets of the same name: small, small"):
+        train(recipe_, [small, small])
+
+
+def test_wandb_is_told_what_tensorboard_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The package is a stub here: that the run is offline unless the environment says otherwise is what counts."""
+    calls: list[tuple[str, Any]] = []
+
+    class Run:
+        def log(self, figures: dict[str, float], step: int) -> None:
+            calls.append(("log", (step, sorted(figures))))
+
+        def finish(self) -> None:
+            calls.append(("finish", None))
+
+    stub = types.ModuleType("wandb")
+    stub.init = lambda **given: calls.append(("init", given)) or Run()  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "wandb", stub)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    train(recipe(steps=2, log_every=1, wandb="arm"), dataset(), folder=tmp_path)
+    kind, given = calls[0]
+    assert kind == "init" and given["mode"] == "offline" and given["project"] == "arm"
+    assert given["config"]["training"]["steps"] == 2 and calls[-1] == ("finish", None)
+    names = ["train/data_wait_s", "train/gradient_norm", "train/learning_rate", "train/loss", "train/samples_per_s"]
+    assert calls[1:3] == [("log", (1, names)), ("log", (2, names))]
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(VlaError, match="wandb is not installed; pip install"):
+        train(recipe(steps=1, wandb="arm"), dataset(), folder=tmp_path)

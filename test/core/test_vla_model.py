@@ -101,6 +101,36 @@ def test_adapters_thaw_what_was_frozen_and_a_frozen_language_model_still_recompu
     assert any("lora" in n for n in expected)
 
 
+def test_a_frozen_language_model_reads_an_instruction_once_in_training() -> None:
+    torch.manual_seed(0)
+    model = VLAModel(vla_config(language=LLM, frozen=("language",))).train()
+    inputs = fake(model.config)
+    actions, mask = chunk(model.config, len(inputs.tokens))
+    model.loss(inputs, actions, mask).backward()
+    looked_up = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    assert 0 < model.prefix_table.computed <= len(inputs.tokens)
+    model.zero_grad()
+    model.language.config = dataclasses.replace(model.language.config, gradient_checkpointing=True)  # computes anew
+    assert not model.language.repeats
+    model.loss(inputs, actions, mask).backward()
+    anew = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert looked_up.keys() == anew.keys() and not any(name.startswith("language.") for name in anew)
+    for name, gradient in anew.items():
+        torch.testing.assert_close(looked_up[name], gradient, atol=1e-6, rtol=1e-3, msg=name)
+
+
+def test_without_cameras_there_is_no_vision_to_build_or_to_train() -> None:
+    torch.manual_seed(0)
+    model = VLAModel(vla_config(cameras=(), history=1))
+    assert not [name for name, _ in model.named_parameters() if name.startswith(("vision", "projector", "camera"))]
+    inputs = fake(model.config)
+    losses = train(model, inputs)
+    assert sum(losses[-4:]) < 0.7 * sum(losses[:4]), losses
+    assert torch.equal(chunk_of(again(model), inputs), chunk_of(model, inputs))
+    with pytest.raises(ConfigError, match="no part 'vision'; choices: head, language, state"):
+        model.freeze("vision")
+
+
 def absent(inputs: ModelInputs, what: str, filler: float) -> ModelInputs:
     """The same batch without ``what`` in row 0, and ``filler`` in its place."""
 
@@ -247,7 +277,7 @@ def test_a_recipe_is_free_of_sizes_and_becomes_a_config() -> None:
 
 
 WRONG = {
-    "cameras: expected distinct names, at least one": {"cameras": ()},
+    "cameras: expected at least one where no state is seen": {"cameras": (), "state_dim": 0},
     r"memory\.max_len: expected at least .* 9 ticks, found 4": {"history": 9},
     "history: .*the observation has none": {"state_dim": 0},
     "readout_tokens: expected at least 1": {"readout_tokens": 0},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import shutil
 import signal
@@ -218,6 +219,22 @@ def test_a_bad_checkpoint_fails_configure(
     assert policy.trigger_configure() == TransitionCallbackReturn.FAILURE
     assert all(word in policy.fault for word in words), policy.fault
     assert "Traceback" not in policy.fault and "\n" not in policy.fault
+
+
+def test_the_dataset_of_a_mixture_is_chosen_by_name(ros: Ros, checkpoint: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(checkpoint, folder)
+    statistics = json.loads((folder / "statistics.json").read_text())
+    wide = {key: [2 * x for x in values] for key, values in statistics["action"].items()}
+    mixture = {"narrow": statistics, "wide": {**statistics, "action": wide}}
+    (folder / "dataset_statistics.json").write_text(json.dumps(mixture))
+    policy = make_policy(ros, folder, dataset="wide")
+    assert policy.trigger_configure() == OK
+    found = policy.core.policy.checkpoint.normalizer
+    np.testing.assert_allclose(found.unnormalize("action", np.ones(4)), wide["max"])
+    policy = make_policy(ros, folder, dataset="attic")
+    assert policy.trigger_configure() == TransitionCallbackReturn.FAILURE
+    assert "no statistics of a dataset 'attic'; choices: narrow, wide" in policy.fault
 
 
 def test_another_contract_fails_configure_and_names_both_sides(

@@ -6,7 +6,7 @@ killed is the mcap library's. A bag without ``metadata.yaml`` was never closed a
 
 from __future__ import annotations
 
-import struct
+import functools
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -14,15 +14,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
 
-import yaml
-from mcap.exceptions import McapError
 from mcap.reader import NonSeekingReader
 from rosbags.interfaces import Connection, Qos, QosDurability, QosHistory, QosLiveliness, QosReliability, QosTime
-from rosbags.rosbag2 import Reader, ReaderError, StoragePlugin, Writer
+from rosbags.rosbag2 import Reader, StoragePlugin, Writer
 
-from vla_core.contract import NANOSECONDS, RobotContract
+from vla_core.contract import NANOSECONDS, ContractError, RobotContract
 from vla_core.errors import VlaError, choices
-from vla_core.observation.messages import Message, MessageError, header_stamp_ns, known_type, typestore
+from vla_core.observation.messages import Message, MessageError, has_header, header_stamp_ns, known_type, typestore
 
 FLUSH_BYTES = 64 * 1024
 FLUSH_NS = NANOSECONDS // 2
@@ -41,9 +39,9 @@ class DamagedBag(BagError):
         super().__init__(f"{path}: {self.cause}; `vla inspect` tells what is readable")
 
 
-# What rosbags and mcap raise on bytes that are cut or overwritten.
-DAMAGE = (ReaderError, McapError, OSError, EOFError, AssertionError, LookupError, ValueError,
-          ArithmeticError, RuntimeError, TypeError, AttributeError, struct.error, MemoryError)  # fmt: skip
+# On bytes that are cut or overwritten rosbags, mcap, SQLite, zstd and lz4 raise what they raise, from errors of their
+# own to KeyError, struct.error, MemoryError and AssertionError. Nothing else is done where this is caught.
+DAMAGE = Exception
 
 
 class BagWriter:
@@ -155,7 +153,10 @@ class BagInfo:
         if CONTRACT_KEY not in self.metadata:
             raise BagError(f"{self.path}: no contract inside (custom_data {CONTRACT_KEY!r}); it has: "
                            f"{choices(self.metadata)}. Name one with --contract")  # fmt: skip
-        return RobotContract.from_yaml(self.metadata[CONTRACT_KEY], f"contract of {self.path}")
+        try:
+            return _contract(self.metadata[CONTRACT_KEY])
+        except ContractError:  # once more, for an error that names this bag
+            return RobotContract.from_yaml(self.metadata[CONTRACT_KEY], f"contract of {self.path}")
 
 
 @dataclass(frozen=True)
@@ -199,6 +200,43 @@ def find_bags(paths: list[Path]) -> list[Path]:
     return bags
 
 
+class OpenBag:
+    """A whole bag that is open: its ``info``, and its messages as often as they are asked for."""
+
+    def __init__(self, path: Path, reader: Reader) -> None:
+        self.path = path
+        self.info = BagInfo(
+            path=path, whole=True, bytes=sum(file.stat().st_size for file in _storage_files(path)),
+            topics={c.topic: c.msgtype for c in reader.connections},
+            counts=_counts(reader), start_ns=reader.start_time, end_ns=reader.end_time,
+            metadata=dict(reader.storage.metadata.custom or {}),
+        )  # fmt: skip
+        self._reader = reader
+
+    def read(self, topics: set[str] | None = None) -> Generator[Message, None, None]:
+        """Messages in the order of their receipt; the stamp is the header's, else the time of receipt."""
+        wanted = [c for c in self._reader.connections if topics is None or c.topic in topics]
+        if not wanted:
+            return
+        headed = {c.msgtype: c.msgtype in typestore().fielddefs and has_header(c.msgtype) for c in wanted}
+        for connection, receive_ns, data in _messages(self._reader, self.path, wanted):
+            stamp_ns: int | None = None
+            if headed[connection.msgtype]:
+                try:
+                    stamp_ns = header_stamp_ns(connection.msgtype, data)
+                except MessageError as error:
+                    raise DamagedBag(self.path, error) from None
+            stamp_ns = receive_ns if stamp_ns is None else stamp_ns
+            yield Message(connection.topic, connection.msgtype, stamp_ns, bytes(data), receive_ns)
+
+
+@contextmanager
+def opened(path: Path | str) -> Iterator[OpenBag]:
+    """Open a whole bag once for everything that is wanted of it; raises :class:`BagError` for one that is not whole."""
+    with _open(Path(path)) as reader:
+        yield OpenBag(Path(path), reader)
+
+
 def info(path: Path | str) -> BagInfo:
     """Summary of a bag; salvages what is readable when the bag was never closed."""
     path = Path(path)
@@ -210,31 +248,16 @@ def info(path: Path | str) -> BagInfo:
         cause = "never closed (no metadata.yaml): its recorder was killed or is still running"
         return _salvaged_info(path, files, size, cause)
     try:
-        with _open(path) as reader:
-            return BagInfo(
-                path=path, whole=True, bytes=size,
-                topics={c.topic: c.msgtype for c in reader.connections},
-                counts={c.topic: c.msgcount for c in reader.connections},
-                start_ns=reader.start_time, end_ns=reader.end_time, metadata=_custom_data(path),
-            )  # fmt: skip
+        with opened(path) as bag:
+            return bag.info
     except DamagedBag as error:
         return _salvaged_info(path, files, size, error.cause)
 
 
-def read(path: Path | str, topics: set[str] | None = None) -> Iterator[Message]:
-    """Messages of a whole bag in the order of their receipt; the stamp is the header's, else the time of receipt."""
-    with _open(Path(path)) as reader:
-        wanted = [c for c in reader.connections if topics is None or c.topic in topics]
-        if not wanted:
-            return
-        for connection, receive_ns, data in _messages(reader, Path(path), wanted):
-            known = connection.msgtype in typestore().fielddefs
-            try:
-                stamp = header_stamp_ns(connection.msgtype, data) if known else None
-            except MessageError as error:
-                raise DamagedBag(Path(path), error) from None
-            stamp_ns = receive_ns if stamp is None else stamp
-            yield Message(connection.topic, connection.msgtype, stamp_ns, bytes(data))
+def read(path: Path | str, topics: set[str] | None = None) -> Generator[Message, None, None]:
+    """Messages of a whole bag as :meth:`OpenBag.read` gives them."""
+    with opened(path) as bag:
+        yield from bag.read(topics)
 
 
 def recorded_topics(path: Path | str) -> dict[str, RecordedTopic]:
@@ -303,6 +326,7 @@ def _open(path: Path) -> Iterator[Reader]:
     reader = Reader(path)
     try:
         reader.open()
+        _check_metadata(reader)
     except DAMAGE as error:
         raise DamagedBag(path, error) from None
     try:
@@ -313,9 +337,29 @@ def _open(path: Path) -> Iterator[Reader]:
         reader.close()
 
 
-def _custom_data(path: Path) -> dict[str, str]:
-    information = yaml.safe_load((path / "metadata.yaml").read_text(encoding="utf-8"))["rosbag2_bagfile_information"]
-    return dict(information.get("custom_data") or {})
+def _check_metadata(reader: Reader) -> None:
+    """What rosbags takes from ``metadata.yaml`` as it is: a flipped bit may have made a text of a number."""
+    numbers = [reader.start_time, reader.end_time, reader.message_count, *(c.msgcount for c in reader.connections)]
+    if not all(isinstance(number, int) and number >= 0 for number in numbers):
+        raise ValueError("a count or time in metadata.yaml is no number from 0 on")
+    texts = [text for c in reader.connections for text in (c.topic, c.msgtype)]
+    custom = reader.storage.metadata.custom or {}
+    if not all(isinstance(text, str) for text in [*texts, *custom, *custom.values()]):
+        raise ValueError("a name or an entry of custom_data in metadata.yaml is no text")
+
+
+@functools.lru_cache(maxsize=64)
+def _contract(text: str) -> RobotContract:
+    """The bags of a day hold the same text, and parsing it takes longer than reading a small bag."""
+    return RobotContract.from_yaml(text)
+
+
+def _counts(reader: Reader) -> dict[str, int]:
+    """Messages by topic; a topic that was declared twice counts both."""
+    counts: dict[str, int] = {}
+    for connection in reader.connections:
+        counts[connection.topic] = counts.get(connection.topic, 0) + connection.msgcount
+    return counts
 
 
 def _is_bag(path: Path) -> bool:
@@ -324,7 +368,8 @@ def _is_bag(path: Path) -> bool:
 
 
 def _storage_files(path: Path) -> list[Path]:
-    return sorted([*path.glob("*.mcap"), *path.glob("*.db3")]) if path.is_dir() else []
+    kinds = ("*.mcap", "*.db3", "*.mcap.zstd", "*.db3.zstd")  # the last two are compressed as files
+    return sorted(file for kind in kinds for file in path.glob(kind)) if path.is_dir() else []
 
 
 def _salvaged_info(path: Path, files: list[Path], size: int, cause: str) -> BagInfo:

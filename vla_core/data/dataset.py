@@ -1,43 +1,61 @@
-"""The training set: episodes on disk, and chunk windows over them.
+"""The training set: episodes of one contract and one observation spec, as arrays over all their frames.
 
-A dataset is a folder with ``dataset.json`` and one safetensors file an episode. It is built beside its place and
-moved there when it is whole, so a folder with ``dataset.json`` is a complete dataset.
+Legend: N frames, E episodes, S entries of the state, A entries of the action, B rows of a batch.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import numpy as np
-import torch
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
 
-from vla_core.config import from_dict, to_dict
 from vla_core.contract import RobotContract
-from vla_core.data.bag import CONTRACT_KEY
-from vla_core.data.bag import info as bag_info
-from vla_core.data.episodes import Episode, read_episode
+from vla_core.data.frame_cache import Cache, Pictures
 from vla_core.errors import VlaError
-from vla_core.observation.builder import ObservationSpec
+from vla_core.observation.builder import Observation, ObservationSpec
 from vla_core.observation.normalizer import Statistics, compute_statistics
 
-FORMAT = "vla_ros_dataset_v1"
+STATISTICS_FRAMES = 1000
 
 
 class DatasetError(VlaError):
     """A dataset that cannot be written or read."""
 
 
+class Observations(Protocol):
+    """Whole observations by frame, for specs with more than single images, a state and an instruction."""
+
+    def __getitem__(self, frame: int) -> Observation: ...
+
+    def __len__(self) -> int: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpisodeEntry:
+    """What is known of an episode beside its frames; ``instruction`` is that of its first frame."""
+
+    index: int
+    length: int
+    bag: str = ""
+    instruction: str = ""
+    seed: int = -1
+    task: str = ""
+    outcome: str = "unknown"
+    dropped_ticks: int = 0
+
+
 @dataclass(frozen=True)
 class EpisodeData:
-    """Arrays of one episode of N ticks: images (N, H, W, 3) uint8, state (N, S) and action (N, A) float32."""
+    """Arrays of one episode of N ticks: images (N, H, W, 3) uint8, state (N, S) and action (N, A) float32.
+
+    ``observations`` has the whole observation of each tick where the spec has extras or streams are missing; images,
+    state and instruction are taken from the arrays all the same.
+    """
 
     images: dict[str, np.ndarray]
     state: np.ndarray
@@ -46,169 +64,186 @@ class EpisodeData:
     instruction: str
     seed: int
     bag: str
+    task: str = ""
+    outcome: str = "unknown"
+    observations: tuple[Observation, ...] = ()
 
     def __len__(self) -> int:
         return len(self.action)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Dataset:
-    """Episodes of one contract and one observation spec, in memory."""
+    """Episodes of one contract and one observation spec.
 
+    ``state`` (N, S) and ``action`` (N, A) float32 in physical units; ``stamps_ns`` (N,) int64, one control step apart
+    within an episode but where ticks were dropped; ``task_index`` (N,) is the row of each frame's instruction in
+    ``tasks``; ``images`` camera -> :class:`Pictures` (N, H, W, 3) uint8.
+
+    ``present`` stream -> (N,) bool for streams that are missing at some frames (black picture, NaN in the state).
+    ``observations`` gives whole observations where the spec has extras. ``window_rows`` (M,) are the frames at which a
+    training window may start, all of them unless a filter took some out.
+    """
+
+    name: str
     contract: RobotContract
     spec: ObservationSpec
-    episodes: list[EpisodeData]
+    episodes: tuple[EpisodeEntry, ...]
+    state: np.ndarray
+    action: np.ndarray
+    stamps_ns: np.ndarray
+    tasks: tuple[str, ...]
+    task_index: np.ndarray
+    images: Mapping[str, Pictures] = field(default_factory=dict)
+    present: Mapping[str, np.ndarray] = field(default_factory=dict)
+    observations: Observations | None = None
+    window_rows: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
 
     @property
     def frames(self) -> int:
-        """Ticks of all episodes."""
-        return sum(map(len, self.episodes))
-
-    def statistics(self) -> Statistics:
-        """Statistics of ``state`` and ``action`` over all ticks."""
-        return {
-            "state": compute_statistics(np.concatenate([e.state for e in self.episodes])),
-            "action": compute_statistics(np.concatenate([e.action for e in self.episodes])),
-        }
-
-
-def convert(
-    bags: Sequence[Path],
-    out: Path,
-    spec: ObservationSpec,
-    contract: RobotContract | None = None,
-    keep_failed: bool = False,
-    progress: Callable[[int], None] = lambda done: None,
-) -> Dataset:
-    """Build the dataset ``out`` from ``bags``, one episode a bag; nothing is left behind when a bag is bad.
-
-    Args:
-        contract: the contract to read the bags by; None takes the one embedded in the first bag.
-        keep_failed: keep episodes that are marked as failed or aborted; they are no demonstrations.
-        progress: called with the number of bags done.
-    """
-    if out.exists():
-        raise DatasetError(f"{out} exists already; remove it or choose another folder")
-    if not bags:
-        raise DatasetError("no bags to convert")
-    if spec.extras:
-        raise DatasetError(f"a dataset holds images, one state and an instruction, not {', '.join(spec.extras)}; take "
-                           "them out of the observation")  # fmt: skip
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    (partial / "episodes").mkdir(parents=True)
-    try:
-        entries: list[dict[str, Any]] = []
-        left_out: list[str] = []
-        contract = contract or bag_info(bags[0]).contract
-        for index, path in enumerate(bags):
-            recorded = bag_info(path)
-            own = contract
-            if CONTRACT_KEY in recorded.metadata:
-                contract.check_same(recorded.contract, "the dataset", str(path))
-                own = contract.with_topics_of(recorded.contract)
-            progress(index + 1)
-            episode = read_episode(path, own, spec)
-            if episode.info.outcome in ("started", "failed", "aborted") and not keep_failed:
-                left_out.append(path.name)
-                continue
-            _check_whole(episode)
-            save_file(_arrays(episode), partial / "episodes" / f"episode_{len(entries):06d}.safetensors")
-            entries.append({
-                "bag": path.name, "length": len(episode.actions), "dropped_ticks": episode.dropped_ticks,
-                "instruction": episode.observations[0].instruction or episode.info.instruction,
-                "seed": episode.info.seed, "outcome": episode.info.outcome,
-            })  # fmt: skip
-        if not entries:
-            raise DatasetError(f"none of the {len(bags)} episodes succeeded; keep failed ones with --keep-failed")
-        description = {"format": FORMAT, "contract": to_dict(contract), "observation": to_dict(spec),
-                       "episodes": entries, "left_out": left_out}  # fmt: skip
-        (partial / "dataset.json").write_text(json.dumps(description, indent=1), encoding="utf-8")
-        os.replace(partial, out)
-    except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, SafetensorError):  # a full disk, in the words of safetensors
-            raise DatasetError(f"{out}: cannot be written: {error}") from None
-        raise
-    return load(out)
-
-
-def load(path: Path | str) -> Dataset:
-    """Read a dataset folder into memory."""
-    path = Path(path)
-    description_file = path / "dataset.json"
-    if not description_file.is_file():
-        raise DatasetError(f"{path}: no dataset here (no dataset.json)")
-    try:
-        description = json.loads(description_file.read_text(encoding="utf-8"))
-        if not isinstance(description, dict) or description.get("format") != FORMAT:
-            found = description.get("format") if isinstance(description, dict) else type(description).__name__
-            raise DatasetError(f"{path}: format {found!r}, expected {FORMAT!r}")
-        contract = from_dict(RobotContract, description["contract"], "contract")
-        spec = from_dict(ObservationSpec, description["observation"], "observation")
-        episodes = [
-            _episode_data(load_file(path / "episodes" / f"episode_{i:06d}.safetensors"), entry)
-            for i, entry in enumerate(description["episodes"])
-        ]
-    except (KeyError, OSError, json.JSONDecodeError, SafetensorError) as error:
-        raise DatasetError(f"{path}: damaged dataset: {error!r}") from None
-    return Dataset(contract, spec, episodes)
-
-
-def _check_whole(episode: Episode) -> None:
-    """Raise when a stream was masked: a dataset has no masks."""
-    for name in episode.observations[0].present:
-        masked = sum(not seen.present[name] for seen in episode.observations)
-        if masked:
-            raise DatasetError(f"{episode.bag}: {name} is masked at {masked} of {len(episode.observations)} ticks, and "
-                               "a dataset has no masks; let its stream refuse, or leave this bag out")  # fmt: skip
-
-
-def _arrays(episode: Episode) -> dict[str, np.ndarray]:
-    arrays = {
-        f"image.{name}": np.stack([o.images[name] for o in episode.observations])
-        for name in episode.observations[0].images
-    }
-    arrays["state"] = np.stack([o.state for o in episode.observations])
-    arrays["stamp_ns"] = np.array([o.stamp_ns for o in episode.observations], dtype=np.int64)
-    arrays["action"] = episode.actions
-    return arrays
-
-
-def _episode_data(arrays: dict[str, np.ndarray], entry: dict[str, Any]) -> EpisodeData:
-    images = {name.removeprefix("image."): array for name, array in arrays.items() if name.startswith("image.")}
-    if len(arrays["action"]) != entry["length"]:
-        raise DatasetError(f"episode of {entry['bag']}: {len(arrays['action'])} ticks, expected {entry['length']}")
-    return EpisodeData(images, arrays["state"], arrays["action"], arrays["stamp_ns"],
-                       entry["instruction"], entry["seed"], entry["bag"])  # fmt: skip
-
-
-class ChunkWindows:
-    """Every tick of a dataset with the chunk of H actions from it on; steps past the episode's end are masked.
-
-    All ticks stand in one array per feature, so that a batch is one indexing operation.
-    """
-
-    def __init__(self, dataset: Dataset, horizon: int) -> None:
-        episodes = dataset.episodes
-        self.images = {
-            name: torch.from_numpy(np.concatenate([e.images[name] for e in episodes])) for name in dataset.spec.images
-        }
-        self.state = np.concatenate([e.state for e in episodes])
-        self.action = np.concatenate([e.action for e in episodes])
-        lengths = [len(e) for e in episodes]
-        self.instructions = [e.instruction for e in episodes for _ in range(len(e))]
-        ends = np.repeat(np.cumsum(lengths), lengths)
-        reach = np.arange(len(self.action))[:, None] + np.arange(horizon)[None, :]
-        self.chunk_index = np.minimum(reach, ends[:, None] - 1)
-        # Where ticks were dropped, the next row is not the next step: a chunk ends before the hole.
-        stamps = np.concatenate([e.stamps_ns for e in episodes])
-        due = stamps[:, None] + np.arange(horizon)[None, :] * dataset.contract.step_ns
-        self.mask = (reach < ends[:, None]) & (stamps[self.chunk_index] == due)
-
-    def __len__(self) -> int:
+        """N, the ticks of all episodes."""
         return len(self.action)
 
-    def chunks(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Actions (B, H, A) in physical units and their mask (B, H); masked steps repeat the last action."""
-        return self.action[self.chunk_index[index]], self.mask[index]
+    @cached_property
+    def starts(self) -> np.ndarray:
+        """(E + 1,) int64: the first frame of each episode, and N."""
+        return np.cumsum([0, *(entry.length for entry in self.episodes)], dtype=np.int64)
+
+    @cached_property
+    def episode_of(self) -> np.ndarray:
+        """(N,) int64: the place of each frame's episode in ``episodes``."""
+        return np.repeat(np.arange(len(self.episodes)), np.diff(self.starts))
+
+    def instruction(self, row: int) -> str:
+        """The instruction at a frame."""
+        return self.tasks[self.task_index[row]]
+
+    def statistics(self) -> Statistics:
+        """Statistics of ``state`` and ``action`` over all frames; of clouds, sequences and maps, over up to 1,000
+        frames spread evenly, under their stream's name.
+
+        What is missing does not count.
+        """
+        found = {"state": self._state_statistics(), "action": compute_statistics(self.action)}
+        if self.observations is None:
+            return found
+        rows = np.unique(np.linspace(0, self.frames - 1, STATISTICS_FRAMES).round().astype(np.int64))
+        seen = [self.observations[int(row)] for row in rows]
+        for name in (*self.spec.clouds, *self.spec.sequences, *self.spec.maps):
+            values = [_values(observation, name) for observation in seen]
+            there = [value for value in values if value is not None and len(value)]
+            if there:  # a stream that is never there has no statistics, and no use for them
+                found[name] = compute_statistics(np.concatenate(there))
+        return found
+
+    def _state_statistics(self) -> dict[str, list[float]]:
+        """Of each stream's entries where the stream is there."""
+        parts, first = [], 0
+        for name in self.spec.state:
+            entries = slice(first, first := first + len(self.contract.stream(name).names))
+            there = self.present.get(name)
+            rows = self.state if there is None or there.all() else self.state[there]
+            if not len(rows):
+                raise DatasetError(f"{self.name}: {name} is missing at all {self.frames} frames")
+            parts.append(compute_statistics(rows[:, entries]))
+        if not parts:
+            return compute_statistics(self.state)
+        joined = {key: [value for part in parts for value in part[key]] for key in parts[0] if key != "count"}
+        return {**joined, "count": [min(part["count"][0] for part in parts)]}
+
+    def select(self, episodes: Sequence[int]) -> Dataset:
+        """Only the episodes at these places, in this order; no picture is copied."""
+        if not len(episodes):
+            raise DatasetError(f"{self.name}: no episode is left")
+        starts = self.starts
+        rows = np.concatenate([np.arange(starts[e], starts[e + 1]) for e in episodes])
+        used, task_index = np.unique(self.task_index[rows], return_inverse=True)
+        allowed = np.zeros(self.frames, dtype=bool)
+        allowed[self.window_rows] = True
+        return dataclasses.replace(
+            self,
+            episodes=tuple(self.episodes[e] for e in episodes),
+            state=self.state[rows], action=self.action[rows], stamps_ns=self.stamps_ns[rows],
+            tasks=tuple(self.tasks[i] for i in used), task_index=task_index,
+            images={name: pictures.take(rows) for name, pictures in self.images.items()},
+            present={name: there[rows] for name, there in self.present.items()},
+            observations=None if self.observations is None else _Selected(self.observations, rows),
+            window_rows=np.flatnonzero(allowed[rows]),
+        )  # fmt: skip
+
+    @classmethod
+    def from_episodes(
+        cls, contract: RobotContract, spec: ObservationSpec, episodes: Sequence[EpisodeData], name: str = "memory"
+    ) -> Dataset:
+        """A dataset in memory."""
+        if not episodes:
+            raise DatasetError(f"{name}: no episodes")
+        tasks = tuple(dict.fromkeys(e.instruction for e in episodes))
+        lengths = [len(e) for e in episodes]
+        frames = np.arange(sum(lengths))
+        seen = tuple(o for e in episodes for o in e.observations)
+        if spec.extras and len(seen) != len(frames):
+            raise DatasetError(f"{name}: {', '.join(spec.extras)} need whole observations, found {len(seen)} of "
+                               f"{len(frames)} frames")  # fmt: skip
+        streams = dict.fromkeys(name for _, name, _ in spec.uses()) if seen else ()
+        present = {name: np.array([o.present.get(name, True) for o in seen]) for name in streams}
+        return cls(
+            name=name, contract=contract, spec=spec,
+            episodes=tuple(
+                EpisodeEntry(index=i, length=len(e), bag=e.bag, instruction=e.instruction, seed=e.seed, task=e.task,
+                             outcome=e.outcome)
+                for i, e in enumerate(episodes)
+            ),
+            state=np.concatenate([e.state for e in episodes]),
+            action=np.concatenate([e.action for e in episodes]),
+            stamps_ns=np.concatenate([e.stamps_ns for e in episodes]),
+            tasks=tasks,
+            task_index=np.repeat([tasks.index(e.instruction) for e in episodes], lengths),
+            images={n: Pictures(np.concatenate([e.images[n] for e in episodes]), frames) for n in spec.images},
+            present={name: there for name, there in present.items() if not there.all()},
+            observations=seen if spec.extras else None,
+            window_rows=frames,
+        )  # fmt: skip
+
+
+def _values(observation: Observation, name: str) -> np.ndarray | None:
+    """What a model sees of a cloud, a sequence or a map, as rows (n, C); None where it is missing."""
+    if name in observation.maps:
+        cells = observation.maps[name]
+        return cells[np.isfinite(cells)].reshape(-1, 1)
+    if name in observation.sequences:
+        window = observation.sequences[name]
+        rows = window.values[window.mask]
+    elif name in observation.clouds:
+        rows = observation.clouds[name]
+    else:
+        return None
+    finite: np.ndarray = rows[np.isfinite(rows).all(axis=1)]
+    return finite
+
+
+@dataclass(frozen=True)
+class _Selected:
+    """Observations of some frames of another dataset."""
+
+    source: Observations
+    rows: np.ndarray
+
+    def __getitem__(self, frame: int) -> Observation:
+        return self.source[int(self.rows[frame])]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+def load(
+    path: Path | str,
+    contract: RobotContract | None = None,
+    spec: ObservationSpec | None = None,
+    cache: Cache = "disk",
+    name: str | None = None,
+) -> Dataset:
+    """Open a dataset on disk: :func:`vla_core.data.folder.load`."""
+    from vla_core.data import folder  # which makes a Dataset, and so imports this module
+
+    return folder.load(path, contract, spec, cache, name)

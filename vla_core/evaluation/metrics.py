@@ -45,6 +45,24 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float] | None:
     return mean - half, mean + half
 
 
+# Two-sided 95 % quantiles of Student's t for 1 to 30 degrees of freedom (Fisher and Yates 1963, table III).
+_T95 = (
+    12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281,
+    2.2010, 2.1788, 2.1604, 2.1448, 2.1314, 2.1199, 2.1098, 2.1009, 2.0930, 2.0860,
+    2.0796, 2.0739, 2.0687, 2.0639, 2.0595, 2.0555, 2.0518, 2.0484, 2.0452, 2.0423,
+)  # fmt: skip
+
+
+def student_interval(rates: Sequence[float]) -> tuple[float, float] | None:
+    """95 % confidence interval of the mean of a few rates in [0, 1] (Student's t); None with fewer than two."""
+    if len(rates) < 2:
+        return None
+    freedom = len(rates) - 1
+    quantile = _T95[freedom - 1] if freedom <= len(_T95) else Z95 + 2.4 / freedom
+    mean, half = float(np.mean(rates)), quantile * float(np.std(rates, ddof=1)) / math.sqrt(len(rates))
+    return max(0.0, mean - half), min(1.0, mean + half)
+
+
 def roughness(commands: np.ndarray) -> float:
     """Largest Euclidean norm of the second difference over time of ``commands`` (T, A); 0 with fewer than three."""
     return float(np.linalg.norm(np.diff(commands, n=2, axis=0), axis=-1).max(initial=0.0))

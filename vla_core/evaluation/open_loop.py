@@ -10,7 +10,7 @@ import numpy as np
 
 from vla_core.data import bag as bags
 from vla_core.data.bag import BagError
-from vla_core.data.episodes import Commands, replay_ticks
+from vla_core.data.episodes import Commands, replay_ticks, replayed
 from vla_core.observation.builder import ObservationBuilder, Unobserved
 from vla_core.runtime.core import PolicyCore
 
@@ -61,10 +61,10 @@ def replay(path: Path, core: PolicyCore) -> Replay:
     needed = {stream.topic: stream.type for stream in builder.streams.values()}
     needed |= {action.topic: action.type for action in contract.actions.values()}
     bags.require_topics(summary, needed)
-    messages = list(bags.read(path, set(needed)))
-    commands = Commands(messages, contract)
+    horizon = core.policy.checkpoint.config.model.horizon
+    commands = Commands((), contract, ahead_ns=horizon * contract.step_ns)
     stamps, predicted, recorded, known = [], [], [], []
-    for tick_ns in replay_ticks(messages, builder, core.buffer):
+    for tick_ns in replay_ticks(replayed(path, builder, commands), builder, core.buffer, commands):
         try:
             chunk = core.predict(tick_ns)  # each tick for itself: nothing is executed that could be continued
         except Unobserved:

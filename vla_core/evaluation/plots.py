@@ -116,6 +116,37 @@ def latency_study(rows: Sequence[Mapping[str, Any]]) -> bytes:
     return png(figure)
 
 
+def comparison(groups: Sequence[Mapping[str, Any]]) -> bytes:
+    """A row for each policy, strategy and delay: success, inference time and smoothness, with 95 % intervals."""
+    labels = [f"{g['group']}, {g['execution']['strategy']}" + (f", {g['delay_steps']} late" if g["delay_steps"] else "")
+              for g in groups]  # fmt: skip
+    colours = dict(
+        zip(dict.fromkeys(g["group"] for g in groups), (BLUE, ORANGE, GREEN, GREY) * len(groups), strict=False)
+    )
+    panels = (
+        ("success rate", [(g["success_rate"], g["success_ci95"]) for g in groups]),
+        ("inference, p50 to p99 [ms]", [(g["timing"]["inference_ms_p50"], (g["timing"]["inference_ms_p50"],
+                                        g["timing"]["inference_ms_p99"])) for g in groups]),
+        ("boundary jump", [(g["boundary_jump"], g["boundary_jump_ci95"]) for g in groups]),
+        ("roughness", [(g["roughness"], g["roughness_ci95"]) for g in groups]),
+    )  # fmt: skip
+    figure, axes = plt.subplots(1, len(panels), figsize=(13, 0.9 + 0.4 * len(groups)), sharey=True, squeeze=False)
+    for axis, (title, points) in zip(axes[0], panels, strict=True):
+        for place, (group, (value, interval)) in enumerate(zip(groups, points, strict=True)):
+            if value is None:
+                continue
+            low, high = interval or (value, value)
+            axis.errorbar(value, place, xerr=[[max(0.0, value - low)], [max(0.0, high - value)]], fmt="o", ms=4,
+                          color=colours[group["group"]], capsize=3, lw=1)  # fmt: skip
+        axis.set_xlabel(title)
+        axis.set_xlim(left=0)
+        axis.grid(axis="x", alpha=0.3)
+    axes[0][0].set_xlim(-0.02, 1.02)
+    axes[0][0].set_yticks(range(len(groups)), labels)
+    axes[0][0].set_ylim(len(groups) - 0.5, -0.5)
+    return png(figure)
+
+
 def save(data: bytes, path: Path) -> None:
     """Write an encoded figure."""
     path.parent.mkdir(parents=True, exist_ok=True)

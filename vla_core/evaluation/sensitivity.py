@@ -19,8 +19,8 @@ import torch
 from vla_core.checkpoint import Checkpoint
 from vla_core.data import bag as bags
 from vla_core.data import dataset as datasets
-from vla_core.data.dataset import ChunkWindows
-from vla_core.data.episodes import replay_ticks
+from vla_core.data.batches import Batches
+from vla_core.data.episodes import replay_ticks, replayed
 from vla_core.errors import VlaError
 from vla_core.model.inputs import Masked, ModelInputs
 from vla_core.observation.batch import collate, make_inputs
@@ -164,18 +164,10 @@ def _predict(checkpoint: Checkpoint, inputs: ModelInputs, seed: int) -> np.ndarr
 def _load(checkpoint: Checkpoint, data: Path, samples: int) -> tuple[ModelInputs, list[str]]:
     """Inputs of ticks that are spread over the data evenly, and their instructions."""
     normalizer, tokenizer, spec = checkpoint.normalizer, checkpoint.tokenizer, checkpoint.config.observation
-    if (data / "dataset.json").is_file():
-        dataset = datasets.load(data)
-        checkpoint.contract.check_same(dataset.contract, "the checkpoint", str(data))
-        if dataset.spec != spec:
-            raise SensitivityError(f"{data}: was built for another observation than the checkpoint's: {dataset.spec} "
-                                   f"against {spec}")  # fmt: skip
-        windows = ChunkWindows(dataset, 1)
-        index = _spread(len(windows), samples)
-        rows = torch.from_numpy(index)
-        texts = [windows.instructions[i] for i in index]
-        images = {name: pixels[rows] for name, pixels in windows.images.items()}
-        return make_inputs(images, windows.state[index], texts, normalizer, tokenizer), texts
+    if (data / "meta" / "info.json").is_file():
+        dataset = datasets.load(data, checkpoint.contract, spec)
+        rows = _spread(dataset.frames, samples)
+        return Batches(dataset, 1, normalizer, tokenizer).inputs(rows), [dataset.instruction(row) for row in rows]
     found = bags.find_bags([data])
     share = max(1, -(-samples // len(found)))
     seen = [observation for path in found for observation in _observations(checkpoint, path, share)][:samples]
@@ -191,9 +183,8 @@ def _observations(checkpoint: Checkpoint, path: Path, samples: int) -> list[Obse
         contract = contract.with_topics_of(summary.contract)
     builder = ObservationBuilder(contract, checkpoint.config.observation)
     bags.require_topics(summary, {stream.topic: stream.type for stream in builder.streams.values()})
-    messages = list(bags.read(path, set(builder.by_topic)))
     buffer, seen = builder.make_buffer(), []
-    for tick_ns in replay_ticks(messages, builder, buffer):
+    for tick_ns in replay_ticks(replayed(path, builder), builder, buffer):
         try:
             seen.append(builder.build(buffer, tick_ns))
         except Unobserved:

@@ -25,6 +25,7 @@ def make_inputs(
     tokenizer: Tokenizer,
     image_mask: Mapping[str, np.ndarray] | None = None,
     instruction_mask: np.ndarray | None = None,
+    floats: bool = True,
 ) -> ModelInputs:
     """Batch of B observations.
 
@@ -34,16 +35,18 @@ def make_inputs(
         instructions: B texts.
         image_mask: per camera (B,) bool, False where the picture is missing; None where all are there.
         instruction_mask: (B,) bool, False where the instruction is missing; None where all are there.
+        floats: False leaves the pictures (B, 3, H, W) uint8, for :func:`with_floats` on another device.
     """
     masks = image_mask or {name: np.ones(len(state), dtype=bool) for name in images}
     missing = np.isnan(state)
     normalized = np.where(missing, np.float32(0), normalizer.normalize("state", state))
-    tokens = tokenizer.batch(list(instructions))
+    different = {text: place for place, text in enumerate(dict.fromkeys(instructions))}  # a batch repeats a few
+    tokens = tokenizer.batch(list(different))[[different[text] for text in instructions]]
     token_mask = tokens != getattr(tokenizer, "pad_id", PAD)
     if instruction_mask is not None:
         token_mask = token_mask & torch.from_numpy(instruction_mask)[:, None]
     return ModelInputs(
-        images={name: _to_float(pixels) for name, pixels in images.items()},
+        images={name: (_to_float if floats else _channels_first)(pixels) for name, pixels in images.items()},
         state=torch.from_numpy(normalized),
         tokens=tokens,
         image_mask={name: torch.from_numpy(masks[name]) for name in images},
@@ -57,11 +60,12 @@ def collate(
     normalizer: Normalizer,
     tokenizer: Tokenizer,
     spec: ObservationSpec | None = None,
+    floats: bool = True,
 ) -> ModelInputs:
     """Batch of observations of the same spec; what is missing is 0 and masked, and a missing picture is black.
 
     Without ``spec`` only images, state and instruction are taken, and a camera must be there in at least one of the
-    observations.
+    observations. ``floats`` as in :func:`make_inputs`.
     """
     seen = {name: pixels.shape for o in observations for name, pixels in o.images.items()}
     shapes = seen if spec is None else {name: (size.height, size.width, 3) for name, size in spec.images.items()}
@@ -76,6 +80,7 @@ def collate(
         tokenizer,
         {name: np.array([name in o.images for o in observations]) for name in shapes},
         known,
+        floats,
     )
     if spec is None or not spec.extras:
         return inputs
@@ -85,13 +90,14 @@ def collate(
         sequences={name: _rows(name, [_window(o, name) for o in observations], normalizer) for name in spec.sequences},
         maps={name: _maps(name, [o.maps.get(name) for o in observations], normalizer) for name in spec.maps},
         intrinsics={name: _intrinsics([o.calibrations.get(name) for o in observations]) for name in spec.calibrations},
-        history=_history(observations, normalizer, tokenizer, spec),
+        history=_history(observations, normalizer, tokenizer, spec, floats),
     )
 
 
 def _history(
-    observations: Sequence[Observation], normalizer: Normalizer, tokenizer: Tokenizer, spec: ObservationSpec
-) -> ModelInputs | None:
+    observations: Sequence[Observation], normalizer: Normalizer, tokenizer: Tokenizer, spec: ObservationSpec,
+    floats: bool,
+) -> ModelInputs | None:  # fmt: skip
     """The past ticks of all observations as one batch, then (B, T, ...)."""
     ticks = spec.history - 1
     if ticks == 0:
@@ -101,7 +107,7 @@ def _history(
         raise VlaError(f"observations with histories of {found} past ticks; the spec's history of {spec.history} has "
                        f"{ticks}")  # fmt: skip
     past = [tick for o in observations for tick in o.history]
-    flat = collate(past, normalizer, tokenizer, dataclasses.replace(_without_motion(spec), history=1))
+    flat = collate(past, normalizer, tokenizer, dataclasses.replace(_without_motion(spec), history=1), floats)
     return flat.map(lambda tensor: tensor.unflatten(0, (len(observations), ticks)))
 
 
@@ -154,7 +160,28 @@ def _intrinsics(parts: Sequence[object]) -> Masked:
     return Masked(values, torch.tensor([part is not None for part in parts]))
 
 
+def with_floats(inputs: ModelInputs) -> ModelInputs:
+    """The same batch with its pictures as float32 in [0, 1], to the bit what :func:`make_inputs` makes of them."""
+    past = None if inputs.history is None else with_floats(inputs.history)
+    return dataclasses.replace(inputs, images={n: _scaled(p) for n, p in inputs.images.items()}, history=past)
+
+
+def _scaled(pixels: torch.Tensor) -> torch.Tensor:
+    if pixels.dtype == torch.float32:
+        return pixels
+    values = pixels.to(torch.float32, memory_format=torch.contiguous_format)
+    # By a tensor: a GPU would multiply by the reciprocal of a plain number, which rounds otherwise.
+    return values.div_(torch.tensor(255.0, device=values.device))
+
+
+def _channels_first(pixels: np.ndarray | torch.Tensor) -> torch.Tensor:
+    """(B, H, W, 3) to (B, 3, H, W), a view."""
+    return torch.as_tensor(pixels).permute(0, 3, 1, 2)
+
+
 def _to_float(pixels: np.ndarray | torch.Tensor) -> torch.Tensor:
-    """(B, H, W, 3) uint8 to (B, 3, H, W) float32 in [0, 1]."""
-    tensor = torch.as_tensor(pixels)
-    return tensor.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format) / 255.0
+    """(B, H, W, 3) uint8 to (B, 3, H, W) float32 in [0, 1]; one pass over the pixels."""
+    first = np.asarray(pixels).transpose(0, 3, 1, 2)
+    values = np.empty(first.shape, dtype=np.float32)
+    np.divide(first, np.float32(255), out=values, dtype=np.float32)
+    return torch.from_numpy(values)

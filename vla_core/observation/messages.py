@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import functools
 import os
-from dataclasses import dataclass
+import struct
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from vla_core.contract import NANOSECONDS
 from vla_core.errors import VlaError
 from vla_core.resources import share
 
+_LITTLE, _BIG = struct.Struct("<iI"), struct.Struct(">iI")  # a stamp's seconds and nanoseconds
 OWN_MESSAGES = ("ActionChunk", "Episode", "TrajectoryPoint", "Trajectory")
 
 
@@ -30,12 +32,16 @@ class MessageError(VlaError):
 
 @dataclass(frozen=True)
 class Message:
-    """Serialized message: ``stamp_ns`` is its header's stamp, or the time of receipt where it has no header."""
+    """Serialized message: ``stamp_ns`` is its header's stamp, or the time of receipt where it has no header.
+
+    ``receive_ns`` is when it was recorded; None where that is not known.
+    """
 
     topic: str
     type: str
     stamp_ns: int
     data: bytes
+    receive_ns: int | None = field(default=None, compare=False)
 
 
 @functools.cache
@@ -104,9 +110,8 @@ def header_stamp_ns(type_name: str, data: bytes | memoryview) -> int | None:
         return None
     if len(data) < 12:
         raise MessageError(f"{len(data)} bytes are too few for a {type_name}")
-    order = "little" if data[1] & 1 else "big"
-    seconds = int.from_bytes(data[4:8], order, signed=True)  # type: ignore[arg-type]
-    return seconds * NANOSECONDS + int.from_bytes(data[8:12], order)  # type: ignore[arg-type]
+    seconds, nanoseconds = (_LITTLE if data[1] & 1 else _BIG).unpack_from(data, 4)
+    return int(seconds) * NANOSECONDS + int(nanoseconds)
 
 
 def time_message(stamp_ns: int) -> Any:

@@ -35,9 +35,9 @@ class Policy:
         self.seed = seed
 
     @classmethod
-    def load(cls, path: Path | str, seed: int = 0) -> Policy:
-        """Load a checkpoint folder."""
-        return cls(Checkpoint.load(path), seed)
+    def load(cls, path: Path | str, seed: int = 0, dataset: str | None = None) -> Policy:
+        """Load a checkpoint folder, or a hub's repository; ``dataset`` as :meth:`Checkpoint.load` takes it."""
+        return cls(Checkpoint.from_pretrained(path, dataset=dataset), seed)
 
     @torch.no_grad()  # not inference_mode, whose tensors guidance could not differentiate through
     def predict(self, observation: Observation, continues: Continuation | None = None) -> ActionChunk:

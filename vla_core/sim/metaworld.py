@@ -14,17 +14,18 @@ from typing import Any
 import numpy as np
 
 from vla_core.contract import RobotContract
-from vla_core.errors import VlaError, choices
+from vla_core.errors import choices
 from vla_core.observation import messages
 from vla_core.observation.image import encode_jpeg
 from vla_core.observation.messages import Message
+from vla_core.sim.base import COMPRESSED_IMAGE, IMAGES, VECTOR, SimulationError
 
 FULL_SPEED = 0.8  # m/s, 1 cm (action_scale) in 12.5 ms
 FRAME = "base"
-VECTOR = "sensor_msgs/msg/JointState"
 VIDEO_SIZE = 320
 STATE_SIZE = 39
 HAND_SIZE = 4
+LONGEST_EPISODE = 500  # steps, after which Meta-World wants a reset
 
 # Meta-World defines these upside down.
 ROTATED_CAMERAS = ("corner", "corner2", "corner3", "corner4")
@@ -41,10 +42,6 @@ INSTRUCTIONS = {
     "window-close-v3": "close the window",
     "window-open-v3": "open the window",
 }
-
-
-class SimulationError(VlaError):
-    """An unknown task or camera, or a missing simulator."""
 
 
 def instruction_for(task: str) -> str:
@@ -68,8 +65,18 @@ def _libraries() -> tuple[Any, Any, Any]:
     return mujoco, ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE, ENV_POLICY_MAP
 
 
+def check_task(task: str) -> None:
+    """Raise unless Meta-World has ``task``."""
+    _, _, experts = _libraries()
+    if task not in experts:
+        raise SimulationError(f"unknown task {task!r}; choices: {choices(experts)}")
+
+
 class MetaWorld:
-    """One task with one camera.
+    """One task with its cameras.
+
+    An image stream that is named after a camera of the task, such as ``gripperPOV``, shows that one; every other image
+    stream shows ``camera``.
 
     Args:
         task: such as ``push-v3``.
@@ -82,8 +89,7 @@ class MetaWorld:
     def __init__(self, task: str, camera: str, contract: RobotContract, camera_size: int = 128,
                  black_camera: bool = False) -> None:  # fmt: skip
         _, environments, experts = _libraries()
-        if task not in experts:
-            raise SimulationError(f"unknown task {task!r}; choices: {choices(experts)}")
+        check_task(task)
         self.task, self.camera, self.contract = task, camera, contract
         self._env = environments[f"{task}-goal-observable"](seed=0)
         # Meta-World draws object positions from the seeded generator only with both of these.
@@ -94,12 +100,17 @@ class MetaWorld:
         cameras = [model.camera(i).name for i in range(model.ncam)]
         if camera not in cameras:
             raise SimulationError(f"unknown camera {camera!r}; choices: {choices(cameras)}")
+        self._views = {
+            name: name if name in cameras else camera
+            for name, stream in contract.observations.items() if stream.type in IMAGES
+        }  # fmt: skip
         model.vis.quality.offsamples = 0
-        self._renderer = self._make_renderer(camera_size)
+        self._camera_size = camera_size
+        self._renderer: Any = None
         self._video_renderer: Any = None
         self._black = black_camera
         self._joint_names = contract.observations["joints"].names if "joints" in contract.observations else ()
-        camera_hz = next((s.rate_hz for s in contract.observations.values() if "Image" in s.type), contract.rate_hz)
+        camera_hz = next((contract.observations[name].rate_hz for name in self._views), contract.rate_hz)
         self.steps_per_frame = max(1, round(contract.rate_hz / (camera_hz or contract.rate_hz)))
         self._state = np.zeros(STATE_SIZE)
         self.success = False
@@ -119,21 +130,32 @@ class MetaWorld:
             action = self._expert.get_action(self._state)
         return np.clip(action, -1.0, 1.0) * _scale()
 
-    def step(self, command: np.ndarray) -> None:
-        """Obey a command (4,) for one control step."""
+    @property
+    def score(self) -> float | None:
+        """Meta-World knows nothing finer than success."""
+        return None
+
+    def rest(self) -> np.ndarray:
+        """The command (4,) of no motion."""
+        return np.zeros(len(_scale()))
+
+    def step(self, command: np.ndarray, pictures: bool = True) -> None:
+        """Obey a command (4,) for one control step; pictures are rendered when they are asked for anyway."""
         action = np.clip(np.asarray(command, dtype=np.float64) / _scale(), -1.0, 1.0)
         self._state, _, _, _, details = self._env.step(action.astype(np.float32))
         self.success = self.success or bool(details["success"])
 
-    def render(self) -> np.ndarray:
-        """What the robot's camera sees, (camera_size, camera_size, 3) uint8 RGB."""
-        return self._render(self._renderer)
+    def render(self, camera: str | None = None) -> np.ndarray:
+        """What a camera of the robot sees, by default ``self.camera``: (camera_size, camera_size, 3) uint8 RGB."""
+        if self._renderer is None:  # a robot without cameras needs no renderer
+            self._renderer = self._make_renderer(self._camera_size)
+        return self._render(self._renderer, camera or self.camera)
 
     def render_for_people(self) -> np.ndarray:
         """The same view in a size for people, (VIDEO_SIZE, VIDEO_SIZE, 3) uint8 RGB."""
         if self._video_renderer is None:
             self._video_renderer = self._make_renderer(VIDEO_SIZE)
-        return self._render(self._video_renderer)
+        return self._render(self._video_renderer, self.camera)
 
     def _make_renderer(self, size: int) -> Any:
         mujoco, _, _ = _libraries()
@@ -143,10 +165,10 @@ class MetaWorld:
         renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
         return renderer
 
-    def _render(self, renderer: Any) -> np.ndarray:
-        renderer.update_scene(self._env.data, camera=self.camera)
+    def _render(self, renderer: Any, camera: str) -> np.ndarray:
+        renderer.update_scene(self._env.data, camera=camera)
         pixels = renderer.render()
-        return np.ascontiguousarray(pixels[::-1, ::-1] if self.camera in ROTATED_CAMERAS else pixels)
+        return np.ascontiguousarray(pixels[::-1, ::-1] if camera in ROTATED_CAMERAS else pixels)
 
     def observe_state(self, stamp_ns: int) -> list[Message]:
         """The numeric streams of the contract at ``stamp_ns``."""
@@ -159,25 +181,23 @@ class MetaWorld:
 
     def observe_camera(self, stamp_ns: int) -> list[Message]:
         """The camera streams of the contract at ``stamp_ns``."""
-        pixels = self.render()
-        if self._black:
-            pixels = np.zeros_like(pixels)
+        pictures = {camera: self.render(camera) for camera in set(self._views.values())}
         out = []
-        for stream in self.contract.observations.values():
-            if stream.type == "sensor_msgs/msg/CompressedImage":
-                data = messages.compressed_image(stamp_ns, encode_jpeg(pixels), "rgb8; jpeg compressed", self.camera)
-            elif stream.type == "sensor_msgs/msg/Image":
-                data = messages.image(stamp_ns, pixels, self.camera)
+        for name, camera in self._views.items():
+            stream = self.contract.observations[name]
+            pixels = np.zeros_like(pictures[camera]) if self._black else pictures[camera]
+            if stream.type == COMPRESSED_IMAGE:
+                data = messages.compressed_image(stamp_ns, encode_jpeg(pixels), "rgb8; jpeg compressed", camera)
             else:
-                continue
+                data = messages.image(stamp_ns, pixels, camera)
             out.append(Message(stream.topic, stream.type, stamp_ns, data))
         return out
 
     def close(self) -> None:
         """Free the renderers."""
-        self._renderer.close()
-        if self._video_renderer is not None:
-            self._video_renderer.close()
+        for renderer in (self._renderer, self._video_renderer):
+            if renderer is not None:
+                renderer.close()
 
     def _vectors(self) -> dict[str, np.ndarray]:
         """What Meta-World can tell: its 39 numbers, hand position and gripper opening alone, and the arm's joints."""

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from vla_core.config import ConfigError, from_dict, load_yaml, override
 from vla_core.contract import RobotContract
+from vla_core.data.options import DataOptions
 from vla_core.errors import choices
 from vla_core.model.vla import MODEL_REGISTRY
 from vla_core.model.vla import MiniVLARecipe as MiniVLARecipe
@@ -17,46 +18,12 @@ from vla_core.observation.builder import ObservationSpec
 from vla_core.observation.normalizer import Normalization
 from vla_core.resources import share
 from vla_core.runtime.execution import Execution
-
-
-@dataclass(frozen=True, kw_only=True)
-class Training:
-    """The optimization. ``image_shift`` (pixels) and ``state_noise`` (normalized units) are its augmentation.
-
-    ``validation_batch`` decides how much memory the held-out loss takes.
-    """
-
-    steps: int = 3000
-    batch_size: int = 64
-    learning_rate: float = 1e-3
-    weight_decay: float = 1e-4
-    schedule: Literal["cosine", "constant"] = "cosine"
-    warmup_steps: int = 100
-    gradient_clip: float | None = 1.0
-    ema_decay: float | None = 0.999
-    image_shift: int = 0
-    state_noise: float = 0.0
-    validate_every: int = 250
-    validation_batch: int = 512
-    seed: int = 0
-    device: str = "cpu"
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "validate_every", "validation_batch"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}: expected at least 1, found {getattr(self, name)}")
-        if not 0 < self.learning_rate < float("inf"):
-            raise ConfigError(f"learning_rate: expected a positive number, found {self.learning_rate}")
-        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
-            raise ConfigError(f"ema_decay: expected null or 0 to 1, found {self.ema_decay}")
-        for name in ("image_shift", "state_noise", "warmup_steps", "weight_decay", "seed"):
-            if not getattr(self, name) >= 0:
-                raise ConfigError(f"{name}: expected at least 0, found {getattr(self, name)}")
+from vla_core.training.options import Training as Training
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What a policy sees, what it is, how it is executed and how it is trained.
+    """What a policy sees, what it is, how it is executed, and on what and how it is trained.
 
     ``camera`` is the simulator's camera that ``vla demo`` records with unless it is told another. In a file ``model``
     may be the name of a preset in ``config/models``, or the path of such a file.
@@ -67,6 +34,7 @@ class Recipe:
     model: Annotated[Any, MODEL_REGISTRY, "Recipe"] = field(default_factory=MiniVLARecipe)
     normalization: Normalization = field(default_factory=Normalization)
     execution: Execution = field(default_factory=Execution)
+    data: DataOptions = field(default_factory=DataOptions)
     training: Training = field(default_factory=Training)
 
     def __post_init__(self) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import pytest
 import torch
 
@@ -49,9 +52,69 @@ def test_average_pooling_is_blind_to_place_and_spatial_softmax_is_not() -> None:
     assert (spatial(image) - spatial(moved)).abs().max() > 1e-3
 
 
-def test_vision_needs_a_layer() -> None:
-    with pytest.raises(ConfigError, match="channels: expected at least one layer"):
-        TinyCNNConfig(channels=())
+SHARP = TinyCNNConfig(
+    pooling="spatial_softmax", channels=(8, 16), strides=(2, 1), norm="group", sharpness=8.0, d_model=16
+)
+
+
+def dots(places: int) -> torch.Tensor:
+    """Pictures (N, 3, 32, 32) of noise with one bright dot each, at N places."""
+    generator = torch.Generator().manual_seed(1)
+    pictures = 0.3 * torch.rand(places, 3, 32, 32, generator=generator)
+    for i, place in enumerate(torch.linspace(2, 27, places).long().tolist()):
+        pictures[i, :, place : place + 3, place : place + 3] = 1.0
+    return pictures
+
+
+def test_a_group_normalized_encoder_sees_places_from_the_start() -> None:
+    torch.manual_seed(0)
+    flat = ImageEncoderTinyCNN(dataclasses.replace(SHARP, norm="none", sharpness=1.0))
+    sharp = ImageEncoderTinyCNN(SHARP)
+    sharp.convolutions[0].load_state_dict(flat.convolutions[0].state_dict())
+    seen = {name: encoder.pool(encoder.convolutions(dots(8))) for name, encoder in (("flat", flat), ("sharp", sharp))}
+    spread = {name: float(keypoints.detach().std(dim=0).mean()) for name, keypoints in seen.items()}
+    assert spread["flat"] < 0.02, "every channel looks at the middle, wherever the dot is"
+    assert spread["sharp"] > 0.1
+
+
+def test_a_group_normalized_encoder_ignores_the_gain_of_its_features() -> None:
+    encoder = ImageEncoderTinyCNN(SHARP)
+    expected = encoder(dots(4))
+    last = encoder.convolutions[3]
+    assert isinstance(last, torch.nn.Conv2d)
+    with torch.no_grad():
+        last.weight.mul_(7.0)
+        last.bias.mul_(7.0)
+    torch.testing.assert_close(encoder(dots(4)), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_strides_decide_how_fine_the_last_map_is() -> None:
+    for strides, side in (((2, 2), 8), ((2, 1), 16), ((1, 1), 32), ((), 8)):
+        encoder = ImageEncoderTinyCNN(dataclasses.replace(SHARP, strides=strides))
+        assert encoder.convolutions(torch.rand(1, 3, 32, 32)).shape == (1, 16, side, side)
+
+
+def test_weights_of_the_published_encoder_keep_their_names() -> None:
+    names = set(ImageEncoderTinyCNN(TinyCNNConfig()).state_dict())
+    assert {name for name in names if name.startswith("convolutions")} == {
+        f"convolutions.{layer}.{part}" for layer in (0, 2, 4) for part in ("weight", "bias")
+    }
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"channels": ()}, "channels: expected at least one layer"),
+        ({"strides": (2,)}, r"strides: expected one a layer \(2\), found \[2\]"),
+        ({"strides": (2, 0)}, "strides: expected at least 1"),
+        ({"channels": (8, 12)}, "channels: norm group needs multiples of 8"),
+        ({"norm": "none"}, "sharpness: belongs to norm group, found 8.0"),
+        ({"sharpness": 0.0}, "sharpness: expected a positive number"),
+    ],
+)
+def test_wrong_sizes_of_the_small_encoder_are_named(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        dataclasses.replace(SHARP, **{"strides": (), **wrong})
 
 
 def test_tokenizer() -> None:

@@ -116,9 +116,41 @@ def blanked(actions: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask[..., None], actions, 0.0)
 
 
+class RowGenerator(torch.Generator):
+    """A generator for the rows from ``first`` on of a batch of ``total`` rows.
+
+    A row's noise is that which it has in the whole batch, however this is divided among processes and passes.
+    """
+
+    first: int = 0
+    total: int = 0
+
+
+def draw_rows(rows: int, generator: torch.Generator | None, draw: Callable[[int], Tensor]) -> Tensor:
+    """Return ``draw(rows)``, noise for so many rows; with a :class:`RowGenerator`, its part of ``draw(total)``."""
+    if not isinstance(generator, RowGenerator):
+        return draw(rows)
+    return draw(generator.total)[generator.first : generator.first + rows]
+
+
 def normal_like(x: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Return standard normal noise of the shape, type and device of ``x``."""
-    return torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
+    """Return standard normal noise of the shape, type and device of ``x`` (B, ...)."""
+    return draw_rows(
+        len(x), generator,
+        lambda rows: torch.randn(rows, *x.shape[1:], generator=generator, dtype=x.dtype, device=x.device),
+    )  # fmt: skip
+
+
+def uniform(rows: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
+    """Return (B,) numbers from [0, 1)."""
+    return draw_rows(rows, generator, lambda count: torch.rand(count, generator=generator, device=device))
+
+
+def integers(high: int, rows: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
+    """Return (B,) int64 from 0 to ``high`` - 1."""
+    return draw_rows(
+        rows, generator, lambda count: torch.randint(high, (count,), generator=generator, device=device)
+    )  # fmt: skip
 
 
 def masked_mean(error: Tensor, mask: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vla_core.config import ConfigError
 from vla_core.model import tokens
-from vla_core.model.action_head.base import ActionHeadBase, mlp, widened
+from vla_core.model.action_head.base import ActionHeadBase, mlp, uniform, widened
 from vla_core.model.action_head.decoder import ChunkDecoder, ContextMemory
 from vla_core.model.checks import at_least_one, divides
 from vla_core.model.tokens import Tokens
@@ -133,7 +133,7 @@ class DenoisingActionHead(ActionHeadBase):
     def denoise(self, x_t: Tensor, t: Tensor, context: Tokens, generator: torch.Generator | None) -> Tensor:
         """The denoiser's answer in training: some rows have to do without their context."""
         if self.config.context_drop:
-            chance = torch.rand(len(x_t), generator=generator, device=x_t.device)
+            chance = uniform(len(x_t), generator, x_t.device)
             context = self._without(context, chance < self.config.context_drop)
         return widened(self.denoiser(x_t, t, self.denoiser.remember(context)))
 

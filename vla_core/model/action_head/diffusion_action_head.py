@@ -12,7 +12,14 @@ from torch import Tensor
 
 from vla_core.config import ConfigError
 from vla_core.errors import VlaError
-from vla_core.model.action_head.base import blanked, masked_mean, normal_like, register_action_head, widened
+from vla_core.model.action_head.base import (
+    blanked,
+    integers,
+    masked_mean,
+    normal_like,
+    register_action_head,
+    widened,
+)
 from vla_core.model.action_head.denoiser import DenoisingActionHead, DenoisingHeadConfig
 from vla_core.model.action_head.guidance import ChunkPrefix, guide
 from vla_core.model.action_head.schedule import (
@@ -91,12 +98,7 @@ class DiffusionActionHead(DenoisingActionHead):
     ) -> Tensor:
         # The denoiser sees the whole chunk, so that padding is blanked in its input as well.
         actions = widened(blanked(actions, mask))
-        t = torch.randint(
-            self.config.train_steps,
-            (len(actions),),
-            generator=generator,
-            device=actions.device,
-        )
+        t = integers(self.config.train_steps, len(actions), generator, actions.device)
         noise = normal_like(actions, generator)
         output = self.denoise(self.schedule.add_noise(actions, t, noise), t, context, generator)
         return masked_mean((output - self._target(actions, t, noise)).square(), mask)

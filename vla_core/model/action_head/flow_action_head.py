@@ -15,7 +15,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from vla_core.model.action_head.base import blanked, masked_mean, normal_like, register_action_head, widened
+from vla_core.model.action_head.base import (
+    blanked,
+    masked_mean,
+    normal_like,
+    register_action_head,
+    uniform,
+    widened,
+)
 from vla_core.model.action_head.denoiser import DenoisingActionHead, DenoisingHeadConfig
 from vla_core.model.action_head.guidance import ChunkPrefix, guide
 from vla_core.model.checks import at_least_one
@@ -69,8 +76,8 @@ class FlowActionHead(DenoisingActionHead):
     ) -> Tensor:
         # The network sees the whole chunk, so that padding is blanked in its input as well.
         actions = widened(blanked(actions, mask))
-        uniform = torch.rand(len(actions), generator=generator, device=actions.device)
-        t = TIME_SCALE * uniform ** (1 / BETA_SHAPE) + MIN_TIME  # Beta(a, 1) has the distribution function u^a
+        even = uniform(len(actions), generator, actions.device)
+        t = TIME_SCALE * even ** (1 / BETA_SHAPE) + MIN_TIME  # Beta(a, 1) has the distribution function u^a
         noise = normal_like(actions, generator)
         share = t[:, None, None]
         velocity = self.denoise(share * noise + (1 - share) * actions, t, context, generator)

@@ -6,6 +6,7 @@ one camera, 39 state numbers and a horizon of 1.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
@@ -23,7 +24,8 @@ from vla_core.model.inputs import ModelInputs
 from vla_core.model.sensor.state_encoder import StateEncoderMLP
 from vla_core.model.tokens import present
 from vla_core.model.vla.base import MODEL_REGISTRY, PolicyModel
-from vla_core.model.vlm.text_encoder import TextEncoderTinyGRU, WordTokenizer
+from vla_core.model.vlm.sentence_encoder import SentenceConfig as SentenceConfig  # registers it
+from vla_core.model.vlm.text_encoder import TEXT_REGISTRY, TextTinyGRUConfig, build_text_encoder, text_tokenizer
 from vla_core.model.vlm.vision_encoder import ImageEncoderTinyCNN, TinyCNNConfig
 
 
@@ -39,6 +41,7 @@ class MiniVLAConfig:
     vocab_size: int
     d_model: int = 128
     vision: TinyCNNConfig = field(default_factory=TinyCNNConfig)
+    text: Annotated[Any, TEXT_REGISTRY] = field(default_factory=TextTinyGRUConfig)
     head: Annotated[Any, ACTION_HEAD_REGISTRY] = field(default_factory=DiffusionHeadConfig)
 
     def __post_init__(self) -> None:
@@ -62,6 +65,7 @@ class MiniVLARecipe:
     horizon: int = 8
     d_model: int = 128
     vision: TinyCNNConfig = field(default_factory=TinyCNNConfig)
+    text: Annotated[Any, TEXT_REGISTRY] = field(default_factory=TextTinyGRUConfig)
     head: Annotated[Any, ACTION_HEAD_REGISTRY] = field(default_factory=DiffusionHeadConfig)
 
     def __post_init__(self) -> None:
@@ -75,7 +79,7 @@ class MiniVLARecipe:
         """The whole model configuration for a dataset."""
         return MiniVLAConfig(
             cameras=cameras, state_dim=state_dim, action_dim=action_dim, vocab_size=vocab_size,
-            horizon=self.horizon, d_model=self.d_model, vision=self.vision, head=self.head,
+            horizon=self.horizon, d_model=self.d_model, vision=self.vision, text=self.text, head=self.head,
         )  # fmt: skip
 
 
@@ -86,17 +90,15 @@ class MiniVLA(PolicyModel):
     Recipe = MiniVLARecipe
 
     @staticmethod
-    def tokenizer(recipe: MiniVLARecipe, texts: Iterable[str]) -> WordTokenizer:
-        """Return a tokenizer of the words of ``texts``."""
-        tokenizer = WordTokenizer()
-        tokenizer.fit(texts)
-        return tokenizer
+    def tokenizer(recipe: MiniVLARecipe, texts: Iterable[str]) -> Any:
+        """Return the text encoder's tokenizer, fitted to ``texts`` where it is one of words."""
+        return text_tokenizer(recipe.text, texts)
 
     def __init__(self, config: MiniVLAConfig) -> None:
         super().__init__()
-        self.config = config
+        self._config = config
         self.image_encoders = nn.ModuleList(ImageEncoderTinyCNN(config.vision) for _ in config.cameras)
-        self.text_encoder = TextEncoderTinyGRU(vocab_size=config.vocab_size, d_model=config.d_model)
+        self.text_encoder = build_text_encoder(config.text, vocab_size=config.vocab_size, d_model=config.d_model)
         self.state_encoder = StateEncoderMLP(state_dim=config.state_dim, d_model=config.d_model)
         self.fusion = FusionMLP(num_tokens=len(config.cameras) + 2, d_model=config.d_model)
         self.head = build_action_head(
@@ -106,15 +108,21 @@ class MiniVLA(PolicyModel):
             context_dim=config.d_model,
         )
 
+    @property
+    def config(self) -> MiniVLAConfig:
+        """What rebuilds this model, where there is no hub too: its text encoder tells what it has become."""
+        return dataclasses.replace(self._config, text=self.text_encoder.config)
+
     def encode(self, inputs: ModelInputs) -> Tensor:
         """Return the context (B, d_model); raises :class:`VlaError` when a camera is not given."""
         self._check_cameras(inputs)
         text = self.text_encoder(inputs.tokens)
         state = self.state_encoder(inputs.state)
         images = [
-            encoder(inputs.images[name]) for name, encoder in zip(self.config.cameras, self.image_encoders, strict=True)
+            encoder(inputs.images[name])
+            for name, encoder in zip(self._config.cameras, self.image_encoders, strict=True)
         ]
-        image_masks = [inputs.image_mask[name] for name in self.config.cameras]
+        image_masks = [inputs.image_mask[name] for name in self._config.cameras]
         tokens = torch.stack([*images, text, state], dim=1)  # (B, cameras + 2, d_model)
         always = torch.ones_like(inputs.state_mask)
         mask = torch.stack([*image_masks, always, inputs.state_mask], dim=1)
@@ -139,7 +147,7 @@ class MiniVLA(PolicyModel):
         return self.head.predict(present(self.encode(inputs)), generator, prefix)
 
     def _check_cameras(self, inputs: ModelInputs) -> None:
-        missing = [name for name in self.config.cameras if name not in inputs.images or name not in inputs.image_mask]
+        missing = [name for name in self._config.cameras if name not in inputs.images or name not in inputs.image_mask]
         if missing:
             raise VlaError(
                 f"model inputs lack the camera {missing[0]!r} or its mask; cameras given: {choices(inputs.images)}"

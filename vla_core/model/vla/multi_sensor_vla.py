@@ -74,6 +74,8 @@ class MultiSensorConfig(MultiSensorRecipe, VLAConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not self.cameras:
+            raise ConfigError("cameras: expected at least one")
         streams = {*self.clouds, *self.sequences, *self.maps}
         for name in (*self.sensors, *self.own_sensors):
             if name not in streams or (name in self.sensors and name in self.own_sensors):

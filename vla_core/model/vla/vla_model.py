@@ -31,6 +31,7 @@ from vla_core.model.vlm import (
     AttentionPoolingConfig,
     LoRAConfig,
     PrefixCache,
+    PrefixTable,
     TinyCNNEncoderConfig,
     TinyGRUConfig,
     build_language,
@@ -88,8 +89,10 @@ class VLAConfig(VLARecipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.cameras or len(set(self.cameras)) != len(self.cameras):
-            raise ConfigError(f"cameras: expected distinct names, at least one, found {list(self.cameras)}")
+        if len(set(self.cameras)) != len(self.cameras):
+            raise ConfigError(f"cameras: expected distinct names, found {list(self.cameras)}")
+        if not self.cameras and not self.state_dim:
+            raise ConfigError("cameras: expected at least one where no state is seen; the observation has neither")
         if self.action_dim < 1 or self.state_dim < 0:
             raise ConfigError(f"action_dim: expected at least 1, and state_dim at least 0, found {self.action_dim} "
                               f"and {self.state_dim}")  # fmt: skip
@@ -105,8 +108,9 @@ class VLAConfig(VLARecipe):
 class VLAModel(PolicyModel):
     """[instruction, cameras, state, memory, readout] through the language model, then the action head.
 
-    The instruction stands first, so that a control loop computes its part once (``prefix_cache``); in training mode
-    and before any other token it is computed anew. A token that is missing is masked, whatever stands in it.
+    The instruction stands first, so that a control loop computes its part once (``prefix_cache``), and training, too,
+    where the language model is frozen (``prefix_table``). Elsewhere in training it is computed anew. A token that is
+    missing is masked, whatever stands in it. Without cameras there is neither a vision encoder nor a projector.
 
     Of the past ticks the states are remembered. The actions between them are not part of an observation, and masked.
     """
@@ -120,10 +124,14 @@ class VLAModel(PolicyModel):
         super().__init__()
         self._config = config
         self.language = build_language(config.language, vocab_size=config.vocab_size)
-        self.vision = build_vision_encoder(config.vision)
         width = self.width = int(self.language.input_dim)
-        self.projector = build_projector(config.projector, vision_dim=self.vision.output_dim, llm_dim=width)
-        self.camera = nn.Parameter(0.02 * torch.randn(len(config.cameras), width))
+        self.vision: Any = None
+        self.projector: Any = None
+        self.camera: Any = None
+        if config.cameras:
+            self.vision = build_vision_encoder(config.vision)
+            self.projector = build_projector(config.projector, vision_dim=self.vision.output_dim, llm_dim=width)
+            self.camera = nn.Parameter(0.02 * torch.randn(len(config.cameras), width))
         self.state = (
             StateEncoder(StateConfig(output_dim=width), input_dim=config.state_dim) if config.state_dim else None
         )
@@ -132,13 +140,14 @@ class VLAModel(PolicyModel):
         self.head = build_action_head(
             config.head, horizon=config.horizon, action_dim=config.action_dim, context_dim=self.language.output_dim
         )
-        self.prefix_cache = PrefixCache()
+        self.prefix_cache, self.prefix_table = PrefixCache(), PrefixTable()
         self._freeze_parts()
 
     @property
     def config(self) -> VLAConfig:
         """What rebuilds this model, where there is no hub too: its parts tell what they have become."""
-        return dataclasses.replace(self._config, vision=self.vision.config, language=self.language.config)
+        vision = self._config.vision if self.vision is None else self.vision.config
+        return dataclasses.replace(self._config, vision=vision, language=self.language.config)
 
     @staticmethod
     def tokenizer(recipe: VLARecipe, texts: Iterable[str]) -> Any:
@@ -149,16 +158,25 @@ class VLAModel(PolicyModel):
         """Return the context (B, N, D) of the action head; raises :class:`VlaError` for what is not given."""
         readout = present(self.readout.expand(len(inputs.tokens), -1, -1))
         injected = join([*self.see(inputs), readout])
-        cached = not self.training and getattr(self._config.language, "injected", None) == "after_text"
-        features: Tokens = self.language(
-            inputs.tokens, injected, mask=inputs.token_mask, cache=self.prefix_cache if cached else None
-        )
+        features: Tokens = self.language(inputs.tokens, injected, mask=inputs.token_mask, cache=self._cache(inputs))
         if self._config.context == "readout":
             features = Tokens(*(part[:, -self._config.readout_tokens :] for part in features))
         return features
 
+    def _cache(self, inputs: ModelInputs) -> PrefixCache | PrefixTable | None:
+        """Where the instructions' part comes from, if it needs not be computed."""
+        if getattr(self._config.language, "injected", None) != "after_text":
+            return None
+        if not self.training:
+            return self.prefix_cache
+        # A missing instruction is no instruction that could be looked up.
+        whole = inputs.token_mask is None or bool(inputs.token_mask[:, 0].all())
+        return self.prefix_table if whole and self.language.repeats else None
+
     def see(self, inputs: ModelInputs) -> list[Tokens]:
         """Return what the language model reads beside the instruction, all of width D."""
+        if self.vision is None:
+            return self.own(inputs)
         images, mask = self.images(inputs)
         return [self.project(self.vision(images, mask), mask), *self.own(inputs)]
 

@@ -4,6 +4,7 @@ from vla_core.model.vlm.language_model import LANGUAGE_REGISTRY as LANGUAGE_REGI
 from vla_core.model.vlm.language_model import LLMBackbone as LLMBackbone
 from vla_core.model.vlm.language_model import LLMConfig as LLMConfig
 from vla_core.model.vlm.language_model import PrefixCache as PrefixCache
+from vla_core.model.vlm.language_model import PrefixTable as PrefixTable
 from vla_core.model.vlm.language_model import TinyGRU as TinyGRU
 from vla_core.model.vlm.language_model import TinyGRUConfig as TinyGRUConfig
 from vla_core.model.vlm.language_model import build_language as build_language

@@ -19,11 +19,12 @@ from torch import Tensor, nn
 
 from vla_core.config import ConfigError
 from vla_core.errors import VlaError, choices
-from vla_core.model.tokens import Tokens, join
+from vla_core.model.tokens import Tokens, join, present
 from vla_core.model.vlm import pretrained
 from vla_core.model.vlm.lora import LoRAConfig, add_lora, merge_lora
 from vla_core.model.vlm.text_encoder import PAD, HubTokenizer, WordTokenizer
 
+KEPT = 512  # instructions whose prefixes a table keeps
 Injection = Literal["after_text", "before_text", "placeholder"]
 
 
@@ -62,25 +63,31 @@ class LanguageModel(nn.Module):
 
     def forward(
         self, ids: Tensor, injected: Tokens | None = None, *, mask: Tensor | None = None,
-        cache: PrefixCache | None = None,
+        cache: PrefixCache | PrefixTable | None = None,
     ) -> Tokens:  # fmt: skip
         """Return the features (B, S, D), in the order of the sequence, and which of them are there.
 
         ``mask`` (B, L) bool is False at padding, on either side; null: where ``ids`` are ``pad_id``. With ``cache`` the
-        part before the first injected token is taken from there; not in training, and it carries no gradient.
+        part before the first injected token is taken from there and carries no gradient; in training only of a model
+        that ``repeats``.
         """
         mask = ids != self.pad_id if mask is None else mask
         sequence = self.arrange(ids, mask, injected)
         if cache is None:
             return Tokens(self.run(sequence), sequence.mask)
-        if self.training:
-            raise VlaError("the prefix cache is for inference: call eval() first, or give no cache")
+        if not self.repeats:
+            raise VlaError("the prefix cache is for inference and frozen models: call eval() first, or give no cache")
         length = self.prefix_length(ids)
         prefix = cache.get(self, Tokens(sequence.values[:, :length], sequence.mask[:, :length]), ids[:, :length])
         rest = Tokens(sequence.values[:, length:], sequence.mask[:, length:])
         if rest.mask.shape[1] == 0:
             return prefix.features
         return join([prefix.features, Tokens(self.run(rest, prefix), rest.mask)])
+
+    @property
+    def repeats(self) -> bool:
+        """Whether the same instruction has the same features, and no gradient, at every call."""
+        return not self.training
 
     def arrange(self, ids: Tensor, mask: Tensor, injected: Tokens | None) -> Tokens:
         """Return the embedded sequence (B, S, input_dim) with the injected tokens at their places."""
@@ -147,6 +154,62 @@ class PrefixCache:
 
     def _is_of(self, weights: list[nn.Parameter], writes: list[int]) -> bool:
         return self._writes == writes and all(a is b for a, b in zip(self._weights, weights, strict=True))
+
+
+class PrefixTable:
+    """The prefixes of a training set's instructions: each is computed once, alone, and looked up for every batch.
+
+    For decoders, whose features at a token do not know of the padding to its right.
+    """
+
+    def __init__(self) -> None:
+        self.computed = 0
+        self._rows: dict[tuple[int, ...], Prefix] = {}
+        self._weights: list[tuple[nn.Parameter, int]] = []
+
+    def get(self, model: LanguageModel, sequence: Tokens, ids: Tensor) -> Prefix:
+        """Return ``model``'s prefix of ``sequence`` (B, P, input_dim), embedded from ``ids`` (B, P)."""
+        mask = sequence.mask
+        if bool((mask[:, 1:] & ~mask[:, :-1]).any()):
+            raise VlaError("prefix table: expected the padding on the right of each instruction")
+        self._forget_if_changed(model, sequence)
+        lengths = mask.sum(dim=1).tolist()
+        rows = [tuple(row[:length]) for row, length in zip(ids.tolist(), lengths, strict=True)]
+        found = {row: self._row(model, row, ids.device) for row in dict.fromkeys(rows)}
+        features = torch.zeros_like(sequence.values)
+        first = found[rows[0]].state
+        state = tuple(
+            tuple(part.new_zeros(len(rows), part.shape[1], mask.shape[1], part.shape[3]) for part in layer)
+            for layer in first
+        )  # of each layer keys and values (B, heads, P, width of a head)
+        for place, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+            features[place, :length] = found[row].features.values[0]
+            for layer, own in zip(state, found[row].state, strict=True):
+                for part, value in zip(layer, own, strict=True):
+                    part[place, :, :length] = value[0]
+        return Prefix(features=Tokens(features, mask), state=state)
+
+    def _row(self, model: LanguageModel, row: tuple[int, ...], device: torch.device) -> Prefix:
+        known = self._rows.pop(row, None)
+        if known is None:
+            with torch.no_grad():
+                known = model.prefix(present(model.embed(torch.tensor([row], device=device))))
+            self.computed += 1
+            if len(self._rows) == KEPT:
+                del self._rows[next(iter(self._rows))]
+        self._rows[row] = known  # the newest stands last
+        return known
+
+    def _forget_if_changed(self, model: LanguageModel, sequence: Tokens) -> None:
+        weights = list(model.parameters())
+        known = next((row.features.values for row in self._rows.values()), sequence.values)
+        moved = (known.device, known.dtype) != (sequence.values.device, sequence.values.dtype)
+        same = len(weights) == len(self._weights) and all(
+            weight is old and weight._version == writes
+            for weight, (old, writes) in zip(weights, self._weights, strict=True)
+        )
+        if moved or not same:
+            self._rows, self._weights = {}, [(weight, weight._version) for weight in weights]
 
 
 def last_token(tokens: Tokens) -> Tensor:
@@ -290,6 +353,7 @@ LANGUAGE_MODELS = {
     ),
 }  # fmt: skip
 FAMILIES = ("qwen2", "llama", "phi3")
+DROPOUTS = ("attention_dropout", "resid_pdrop", "embd_pdrop")  # of a record
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -379,6 +443,12 @@ class LLMBackbone(LanguageModel):
         features = self._decode(sequence, None, past)
         state = tuple((layer.keys, layer.values) for layer in past.layers)
         return Prefix(features=Tokens(features, sequence.mask), state=state)
+
+    @property
+    def repeats(self) -> bool:
+        """Whether the same instruction has the same features, and no gradient, at every call: frozen models, too."""
+        drawn = any(getattr(self.model.config, name, 0) for name in DROPOUTS) or self.config.gradient_checkpointing
+        return not self.training or not (drawn or any(weight.requires_grad for weight in self.parameters()))
 
     def freeze(self) -> None:
         """Train nothing of this model."""
@@ -473,7 +543,7 @@ def _language_model(config: LLMConfig) -> tuple[Any, Any]:
     pretrained.check_family(record, FAMILIES, source)
     _truncate(record, config.layers)
     if not gguf_file:
-        record.pad_token_id = _pad_id(_hub_tokenizer(source, None))
+        record.pad_token_id = _pad_id(pretrained.read_tokenizer(source))
     _check_pad(record)
     return record, pretrained.load_model(auto, source, record, dtype, gguf_file)
 
@@ -496,17 +566,8 @@ def _truncate(record: Any, layers: int | None) -> None:
 def _tokenizer(config: LLMConfig) -> HubTokenizer:
     if config.pretrained is None:
         raise VlaError("tokenizer: a model without pretrained weights has none; take the one saved with the model")
-    tokenizer = _hub_tokenizer(*_source(config))
+    tokenizer = pretrained.read_tokenizer(*_source(config))
     return HubTokenizer(tokenizer.backend_tokenizer.to_str(), pad_id=_pad_id(tokenizer), prompt=config.prompt)
-
-
-def _hub_tokenizer(source: str, gguf_file: str | None) -> Any:
-    transformers = pretrained.library("transformers")
-    options = {"gguf_file": gguf_file} if gguf_file else {}
-    try:
-        return transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
-    except (OSError, ValueError) as error:
-        raise pretrained.absent(source, error) from None
 
 
 def _pad_id(tokenizer: Any) -> int:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -99,23 +100,35 @@ def read_json(source: str, file: str) -> dict[str, Any] | None:
     return data
 
 
-def random_model(cls: Any, record: Any, dtype: torch.dtype) -> Any:
-    """Return a model of class ``cls`` (a transformers one) with random weights."""
-    model = cls._from_config(record, dtype=dtype, attn_implementation="sdpa")
+def read_tokenizer(source: str, gguf_file: str | None = None) -> Any:
+    """Return the tokenizer of a hub name or local folder."""
+    transformers = library("transformers")
+    options = {"gguf_file": gguf_file} if gguf_file else {}
+    try:
+        return transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
+    except (OSError, ValueError) as error:
+        raise absent(source, error) from None
+
+
+def random_model(cls: Any, record: Any, dtype: torch.dtype, **options: Any) -> Any:
+    """Return a model of class ``cls`` (a transformers one) with random weights; it is built with ``options``."""
+    model = cls._from_config(record, dtype=dtype, attn_implementation="sdpa", **options)
     return model.eval()
 
 
-def load_model(cls: Any, source: str, record: Any, dtype: torch.dtype, gguf_file: str | None = None) -> Any:
+def load_model(cls: Any, source: str, record: Any, dtype: torch.dtype, gguf_file: str | None = None,
+               **options: Any) -> Any:  # fmt: skip
     """Return a model of class ``cls`` with the weights of ``source``, all of them, or raise :class:`VlaError`.
 
     Weights of the source that ``record`` has no place for (the other tower, dropped layers) are left out.
     """
-    options = {"gguf_file": gguf_file} if gguf_file else {"use_safetensors": True}
+    form = {"gguf_file": gguf_file} if gguf_file else {"use_safetensors": True}
     try:
-        model, found = cls.from_pretrained(
-            source, config=record, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False,
-            output_loading_info=True, **options,
-        )  # fmt: skip
+        with _quiet():  # what is missing is an error below, and what is left out is meant to be
+            model, found = cls.from_pretrained(
+                source, config=record, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False,
+                output_loading_info=True, **form, **options,
+            )  # fmt: skip
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise absent(source, error) from None
     lacking = [*found["missing_keys"], *found["mismatched_keys"]]
@@ -123,6 +136,21 @@ def load_model(cls: Any, source: str, record: Any, dtype: torch.dtype, gguf_file
         raise VlaError(f"{source}: {len(lacking)} weights are missing or have another shape, the first is "
                        f"{lacking[0]}; expected those of a {record.model_type}")  # fmt: skip
     return model.eval()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars and reports of transformers on the terminal."""
+    logging = library("transformers.utils.logging")
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def load_in_order(model: nn.Module, weights: dict[str, torch.Tensor], source: Path) -> None:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from vla_core.errors import VlaError, choices
+from vla_core.model.checks import at_least_one
 from vla_core.model.vlm.pretrained import library
 
 PAD = 0
 UNKNOWN = 1
 RESERVED = ("<pad>", "<unk>")
+KEPT = 1024  # texts whose ids a tokenizer keeps: a training set says the same few sentences again and again
 
 
 class WordTokenizer:
@@ -76,6 +79,7 @@ class HubTokenizer:
         self._tokenizer.no_truncation()
         self.pad_id = pad_id
         self.prompt = prompt
+        self._known: dict[str, list[int]] = {}
 
     @property
     def vocab_size(self) -> int:
@@ -85,6 +89,13 @@ class HubTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of the prompt with the instruction ``text``; raises :class:`VlaError` for a padding token."""
+        if text not in self._known:
+            if len(self._known) == KEPT:
+                self._known.clear()
+            self._known[text] = self._ids(text)
+        return list(self._known[text])
+
+    def _ids(self, text: str) -> list[int]:
         before, after = self.prompt.split("{instruction}")
         ids: list[int] = self._tokenizer.encode(before + text + after).ids
         if self.pad_id in ids:
@@ -116,11 +127,52 @@ def tokenizer_from_dict(data: dict[str, Any]) -> WordTokenizer | HubTokenizer:
     return WordTokenizer.from_dict(data)
 
 
+TEXT_REGISTRY: dict[str, Any] = {}
+
+
+def build_text_encoder(config: Any, *, vocab_size: int, d_model: int) -> Any:
+    """Build the text encoder that is registered under ``config.type``: ids (B, L) to (B, d_model)."""
+    return _text_class(config)(config, vocab_size=vocab_size, d_model=d_model)
+
+
+def text_tokenizer(config: Any, texts: Iterable[str]) -> WordTokenizer | HubTokenizer:
+    """Return the tokenizer of the text encoder that ``config`` describes; one of words is fitted to ``texts``."""
+    return _text_class(config).tokenizer(config, texts)
+
+
+def _text_class(config: Any) -> Any:
+    if config.type not in TEXT_REGISTRY:
+        raise VlaError(f"no text encoder {config.type!r} registered; choices: {choices(TEXT_REGISTRY)}")
+    return TEXT_REGISTRY[config.type]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextTinyGRUConfig:
+    """Sizes of :class:`TextEncoderTinyGRU`."""
+
+    type: Literal["tiny_gru"] = "tiny_gru"
+    d_word: int = 64
+
+    def __post_init__(self) -> None:
+        at_least_one(self, "d_word")
+
+
 class TextEncoderTinyGRU(nn.Module):
     """Word embedding and one GRU layer: ids (B, L) int64 -> (B, d_model)."""
 
-    def __init__(self, *, vocab_size: int, d_model: int, d_word: int = 64) -> None:
+    Config = TextTinyGRUConfig
+
+    @staticmethod
+    def tokenizer(config: TextTinyGRUConfig, texts: Iterable[str]) -> WordTokenizer:
+        """Return a tokenizer of the words of ``texts``."""
+        tokenizer = WordTokenizer()
+        tokenizer.fit(texts)
+        return tokenizer
+
+    def __init__(self, config: TextTinyGRUConfig | None = None, *, vocab_size: int, d_model: int) -> None:
         super().__init__()
+        self.config = config or TextTinyGRUConfig()
+        d_word = self.config.d_word
         self.embed = nn.Embedding(vocab_size, d_word)
         self.gru = nn.GRU(d_word, d_model, batch_first=True)
         self.norm = nn.LayerNorm(d_model)
@@ -132,3 +184,6 @@ class TextEncoderTinyGRU(nn.Module):
         index = last[:, None, None].expand(-1, 1, hidden.shape[-1])
         out: Tensor = self.norm(hidden.gather(1, index).squeeze(1))
         return out
+
+
+TEXT_REGISTRY["tiny_gru"] = TextEncoderTinyGRU

@@ -24,23 +24,42 @@ IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean, standard devi
 CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 SIGLIP = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 RGB = tuple[float, float, float]
+GROUP = 8  # channels that share a normalization
 
 
 @dataclass(frozen=True, kw_only=True)
 class TinyCNNConfig:
     """Sizes of :class:`ImageEncoderTinyCNN`; the defaults are those of the published mini-VLA.
 
-    ``pooling``: ``average`` forgets where a feature was seen, ``spatial_softmax`` keeps only that.
+    ``pooling``: ``average`` forgets where a feature was seen, ``spatial_softmax`` keeps only that. ``strides``: one a
+    layer, 2 where it is empty; the last map's size bounds how finely a place can be told.
+
+    ``norm: group`` centres the pixels and normalizes each layer's output in groups of 8 channels; ``sharpness`` is the
+    scale of the last one at the start of training. A spatial softmax over small features is nearly flat: every channel
+    is seen in the middle of the image, and little gradient says where it should look.
     """
 
     type: Literal["tiny_cnn"] = "tiny_cnn"
     d_model: int = 128
     pooling: Literal["average", "spatial_softmax"] = "average"
     channels: tuple[int, ...] = (32, 64, 128)
+    strides: tuple[int, ...] = ()
+    norm: Literal["none", "group"] = "none"
+    sharpness: float = 1.0
 
     def __post_init__(self) -> None:
         if not self.channels:
             raise ConfigError("channels: expected at least one layer, found none")
+        if self.strides and len(self.strides) != len(self.channels):
+            raise ConfigError(f"strides: expected one a layer ({len(self.channels)}), found {list(self.strides)}")
+        if any(stride < 1 for stride in self.strides):
+            raise ConfigError(f"strides: expected at least 1, found {list(self.strides)}")
+        if self.norm == "group" and any(width % GROUP for width in self.channels):
+            raise ConfigError(f"channels: norm group needs multiples of {GROUP}, found {list(self.channels)}")
+        if self.norm == "none" and self.sharpness != 1.0:
+            raise ConfigError(f"sharpness: belongs to norm group, found {self.sharpness} without it")
+        if not 0 < self.sharpness < float("inf"):
+            raise ConfigError(f"sharpness: expected a positive number, found {self.sharpness}")
 
 
 def spatial_softmax(features: Tensor) -> Tensor:
@@ -64,7 +83,7 @@ def average_pool(features: Tensor) -> Tensor:
 
 
 class ImageEncoderTinyCNN(nn.Module):
-    """Convolutions of stride 2, a pooling, a projection: (B, 3, H, W) in [0, 1] -> (B, d_model)."""
+    """Convolutions, a pooling, a projection: (B, 3, H, W) in [0, 1] -> (B, d_model)."""
 
     pool: Callable[[Tensor], Tensor]
 
@@ -72,13 +91,19 @@ class ImageEncoderTinyCNN(nn.Module):
         super().__init__()
         layers: list[nn.Module] = []
         width_in = 3
-        for i, width in enumerate(config.channels):
+        strides = config.strides or (2,) * len(config.channels)
+        for i, (width, stride) in enumerate(zip(config.channels, strides, strict=True)):
             kernel = 5 if i == 0 else 3
             if i > 0:
                 layers.append(nn.ReLU())
-            layers.append(nn.Conv2d(width_in, width, kernel, stride=2, padding=kernel // 2))
+            layers.append(nn.Conv2d(width_in, width, kernel, stride=stride, padding=kernel // 2))
+            if config.norm == "group":
+                layers.append(nn.GroupNorm(width // GROUP, width))
             width_in = width
         self.convolutions = nn.Sequential(*layers)
+        self.centred = config.norm == "group"
+        if self.centred:
+            nn.init.constant_(layers[-1].weight, config.sharpness)  # type: ignore[arg-type]
         if config.pooling == "average":
             self.pool, pooled = average_pool, width_in
         else:
@@ -87,7 +112,8 @@ class ImageEncoderTinyCNN(nn.Module):
         self.norm = nn.LayerNorm(config.d_model)
 
     def forward(self, image: Tensor) -> Tensor:
-        out: Tensor = self.norm(self.project(self.pool(self.convolutions(image))))
+        pixels = (image - 0.5) * 4.0 if self.centred else image  # a standard deviation of about 1
+        out: Tensor = self.norm(self.project(self.pool(self.convolutions(pixels))))
         return out
 
 

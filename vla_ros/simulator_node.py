@@ -1,11 +1,14 @@
-"""Meta-World as a robot on ROS topics. It obeys only the commands that it receives.
+"""A simulator as a robot on ROS topics. It obeys only the commands that it receives.
+
+Any world of ``vla_core.sim.worlds``: Meta-World (``push-v3``), the LIBERO suites (``libero_spatial:3``), PushT
+(``pusht``), and those of plug-ins.
 
 Two clocks. ``lockstep`` publishes ``/clock`` and the observation, and waits for the command of the same stamp: the same
 seeds give the same run, as fast as the machine allows. ``realtime`` keeps the contract's rate on the system clock:
-a late command is late, and without a fresh one the arm stops.
+a late command is late, and without a fresh one the robot takes its safe action.
 
-``driver: expert`` publishes the scripted expert's commands on the command topic, from where they come back like any
-other's; ``driver: policy`` waits for somebody else's.
+``driver: expert`` publishes the scripted expert's commands, of worlds that have one, on the command topic, from where
+they come back like any other's; ``driver: policy`` waits for somebody else's.
 """
 
 from __future__ import annotations
@@ -29,7 +32,9 @@ from vla_core.data.episodes import EPISODE_TOPIC
 from vla_core.errors import VlaError
 from vla_core.observation import messages
 from vla_core.observation.messages import Message, header_stamp_ns
-from vla_core.sim.metaworld import MetaWorld, instruction_for
+from vla_core.sim.base import View
+from vla_core.sim.metaworld import MetaWorld
+from vla_core.sim.worlds import find, make_world, task_of
 from vla_ros import process
 from vla_ros.bridge import COMMAND_QOS, EPISODE_QOS, command_publishers, message_class, publish_streams
 from vla_ros.msg import Episode
@@ -46,22 +51,24 @@ class SimulatorError(VlaError):
     """The rest of the graph does not answer."""
 
 
-class MetaWorldNode(Node):
+class SimulatorNode(Node):
     """See the module; parameters are declared in ``__init__``."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__("simulator", **options)
-        declare(self, "contract", "metaworld_sawyer", "the robot's contract: a name in config/robots, or a file")
-        declare(self, "task", "push-v3", "Meta-World task")
-        declare(self, "camera", "corner2", "MuJoCo camera of the task")
-        declare(self, "camera_size", 128, "height and width of the published images, pixels")
+        declare(
+            self, "contract", "", "the robot's contract: a name in config/robots, or a file; empty takes the task's"
+        )
+        declare(self, "task", "push-v3", "a world: a Meta-World task, libero_spatial:3, pusht, …")
+        declare(self, "camera", "", "camera of worlds that let one choose; empty takes corner2")
+        declare(self, "camera_size", 0, "height and width of the published images, pixels; 0 takes the world's own")
         declare(self, "black_camera", False, "publish black images")
         declare(self, "instruction", "", "instruction to publish; empty takes the task's own")
         declare(self, "clock", "realtime", "realtime or lockstep")
         declare(self, "driver", "policy", "who commands: policy (others) or expert (this node, over the same topic)")
         declare(self, "episodes", 1, "episodes to run")
         declare(self, "seed", 0, "seed of the first episode; each later one counts up")
-        declare(self, "max_steps", 200, "control steps after which an episode has failed")
+        declare(self, "max_steps", 0, "control steps after which an episode has failed; 0 takes the task's own")
         declare(self, "wait_for", [""], "names of nodes that must listen before the first episode")
         declare(self, "wait_timeout_s", 60.0, "how long to wait for them")
         declare(self, "command_timeout_s", 10.0, "lockstep: how long to wait for a command")
@@ -69,20 +76,28 @@ class MetaWorldNode(Node):
         declare(self, "video", "", "GIF file of the first episodes")
         declare(self, "video_episodes", 3, "how many episodes the video shows")
 
-        for name, least in (("seed", 0), ("episodes", 1), ("max_steps", 1), ("camera_size", 16)):
+        for name, least in (("seed", 0), ("episodes", 1), ("max_steps", 0), ("camera_size", 0)):
             if value(self, name) < least:
                 raise VlaError(f"parameter {name} is {value(self, name)}; expected at least {least}")
         for name in ("results", "video"):
             if value(self, name):  # what cannot be written must fail here, not after the run
                 Path(value(self, name)).parent.mkdir(parents=True, exist_ok=True)
-        self.contract = RobotContract.load(value(self, "contract"))
+        name = value(self, "task")
+        simulator, _ = find(name)
+        self.task = task_of(name)
+        self.contract = RobotContract.load(value(self, "contract") or simulator.contract)
         self._lockstep = choice(self, "clock", ("realtime", "lockstep")) == "lockstep"
         self._expert_drives = choice(self, "driver", ("policy", "expert")) == "expert"
-        task = value(self, "task")
-        self.world = MetaWorld(
-            task, value(self, "camera"), self.contract, value(self, "camera_size"), value(self, "black_camera")
-        )
-        self.instruction = value(self, "instruction") or instruction_for(task)
+        view = View(
+            camera=value(self, "camera") or None, size=value(self, "camera_size") or None,
+            black=value(self, "black_camera"),
+        )  # fmt: skip
+        self.world = make_world(name, self.contract, view)
+        self._expert = self.world if isinstance(self.world, MetaWorld) else None
+        if self._expert_drives and self._expert is None:
+            raise VlaError(f"parameter driver is 'expert': {name} has no scripted expert; choices: policy")
+        self.instruction = value(self, "instruction") or self.task.instruction
+        self._max_steps = value(self, "max_steps") or self.task.max_steps
         self.results: list[dict[str, Any]] = []
         self._frames: list[np.ndarray] = []
         self._late_ticks = 0
@@ -91,7 +106,7 @@ class MetaWorldNode(Node):
 
         self._publishers_by_topic = publish_streams(self, self.contract, QUEUE_DEPTH)
         self._clock_publisher = self.create_publisher(Clock, "/clock", 10) if self._lockstep else None
-        (self._action,) = self.contract.actions.values()  # MetaWorld has checked that it is one
+        (self._action,) = self.contract.actions.values()  # the world has checked that it is one
         self._expert_publisher = (
             command_publishers(self, self.contract)[self._action.topic] if self._expert_drives else None
         )
@@ -128,11 +143,11 @@ class MetaWorldNode(Node):
         period_ns = self.contract.step_ns
         start_wall_ns = time.monotonic_ns()
         state, steps, stamp_ns = Episode.FAILED, 0, start_ns
-        while steps < value(self, "max_steps"):
+        while steps < self._max_steps:
             stamp_ns = start_ns + steps * period_ns if self._lockstep else self._now_ns()
             self._publish_observation(stamp_ns, steps, index)
-            if self._expert_publisher is not None:
-                data = encode(self._action, stamp_ns, self.world.expert()[None, :], self.contract.step_ns)
+            if self._expert_publisher is not None and self._expert is not None:
+                data = encode(self._action, stamp_ns, self._expert.expert()[None, :], self.contract.step_ns)
                 self._expert_publisher.publish(data)
             if self._lockstep:
                 values = self._await_command(executor, stop, stamp_ns)
@@ -184,7 +199,7 @@ class MetaWorldNode(Node):
 
     def _mark(self, state: int, stamp_ns: int, index: int, seed: int, steps: int) -> None:
         """Publish a border of the episode and wait until everybody has it: what follows comes after it."""
-        mark = Episode(state=state, index=index, seed=seed, task=self.world.task, instruction=self.instruction,
+        mark = Episode(state=state, index=index, seed=seed, task=self.task.world, instruction=self.instruction,
                        steps=steps)  # fmt: skip
         mark.header.stamp = Time(nanoseconds=stamp_ns).to_msg()
         self._episode_publisher.publish(mark)
@@ -226,7 +241,7 @@ class MetaWorldNode(Node):
                 break
         else:
             return None
-        last = self._command[1] if self._command else np.zeros(len(self._action.names))
+        last = self._command[1] if self._command else self.world.rest()
         age_ns = self._now_ns() - self._command[0] if self._command else None
         if age_ns is not None and age_ns <= STALE_STEPS * self.contract.step_ns:
             return last
@@ -252,8 +267,8 @@ class MetaWorldNode(Node):
     def _write_outputs(self) -> None:
         if value(self, "results"):
             path = Path(value(self, "results"))
-            record = {"task": self.world.task, "camera": self.world.camera, "instruction": self.instruction,
-                      "clock": value(self, "clock"), "max_steps": value(self, "max_steps"),
+            record = {"task": self.task.world, "camera": value(self, "camera"), "instruction": self.instruction,
+                      "clock": value(self, "clock"), "max_steps": self._max_steps,
                       "late_ticks": self._late_ticks, "episodes": self.results}  # fmt: skip
             path.write_text(json.dumps(record, indent=1), encoding="utf-8")
         if self._frames:
@@ -273,8 +288,8 @@ def _run(node: Any, executor: Any, stop: process.Stop) -> int:
 
 
 def main() -> int:
-    """Entry point of ``metaworld_node``."""
-    return process.main(MetaWorldNode, _run)
+    """Entry point of ``simulator_node``."""
+    return process.main(SimulatorNode, _run)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,28 @@
+"""Several policies as one: the mean of their chunks is executed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from vla_core.observation.builder import Observation
+from vla_core.runtime.chunk import ActionChunk, Continuation
+from vla_core.runtime.policy import Policy
+
+
+class Ensemble(Policy):
+    """Policies of one observation, one contract and one horizon; the first one's execution is taken.
+
+    With RTC each member continues the common plan by itself.
+    """
+
+    def __init__(self, members: Sequence[Policy]) -> None:
+        super().__init__(members[0].checkpoint, members[0].seed)
+        self.members = tuple(members)
+
+    def predict(self, observation: Observation, continues: Continuation | None = None) -> ActionChunk:
+        """The mean (H, A) of the members' chunks for one observation."""
+        chunks = [member.predict(observation, continues) for member in self.members]
+        mean = np.mean([chunk.actions for chunk in chunks], axis=0)
+        return ActionChunk(chunks[0].observation_stamp_ns, chunks[0].step_ns, mean, continues)
