@@ -16,7 +16,7 @@ from vla_core.commands import decode as decode_command
 from vla_core.config import ConfigError
 from vla_core.contract import RobotContract
 from vla_core.data import bag
-from vla_core.data.episodes import EPISODE_TOPIC, EPISODE_TYPE, read_episode
+from vla_core.data.episodes import EPISODE_TOPIC, EPISODE_TYPE
 from vla_core.errors import VlaError
 from vla_core.model.action_head.mlp_action_head import MLPHeadConfig
 from vla_core.model.vla.mini_vla import MiniVLA, MiniVLAConfig
@@ -25,8 +25,11 @@ from vla_core.observation.builder import ImageSize, ObservationSpec
 from vla_core.observation.image import resize
 from vla_core.observation.messages import deserialize
 from vla_core.observation.normalizer import Normalization, Normalizer
+from vla_core.sim.base import IMAGES, SimulationError
 from vla_core.sim.collect import EXECUTED, Collected, Collection, Driver, Noise, collect, without_images
-from vla_core.sim.metaworld import IMAGES, MetaWorld, SimulationError, instruction_for
+from vla_core.sim.metaworld import MetaWorld, instruction_for
+
+from .replayed import read_episode
 
 SIGHT = RobotContract.load("metaworld_sight")
 SAWYER = RobotContract.load("metaworld_sawyer")
@@ -197,11 +200,12 @@ def test_a_policy_drives_and_the_label_is_the_experts(tmp_path: Path) -> None:
         collect(tmp_path / "other", dataclasses.replace(short, driver=driver), without_images(SAWYER))
 
 
-def test_a_failed_episode_is_marked_and_left_out_by_default(tmp_path: Path) -> None:
+def test_a_failed_episode_is_marked_as_failed(tmp_path: Path) -> None:
     (episode, _) = collect(tmp_path / "bags", dataclasses.replace(BLIND, max_steps=5), SAWYER)
     assert (episode.success, episode.steps) == (False, 5)
     spec = ObservationSpec(state=("hand",), instruction="instruction")
-    assert read_episode(episode.bag, without_images(SAWYER), spec).info.outcome == "failed"
+    info = read_episode(episode.bag, without_images(SAWYER), spec).infos[-1]  # the first is what came before the start
+    assert (info.outcome, info.seed) == ("failed", 0)
 
 
 def test_what_goes_wrong_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
