@@ -280,6 +280,10 @@ def test_find_bags(tmp_path: Path) -> None:
     (tmp_path / "none").mkdir()
     assert [p.name for p in bags.find_bags([tmp_path / "day"])] == ["a", "b"]
     assert [p.name for p in bags.find_bags([tmp_path / "day" / "b", tmp_path / "day"])] == ["b", "a", "b"]
+    assert [p.name for p in bags.find_bags([tmp_path])] == ["a", "b"]
+    (tmp_path / "day").rename(tmp_path / ".day.partial")
+    with pytest.raises(BagError, match="no bag here"):
+        bags.find_bags([tmp_path])
     for missing in ("none", "nowhere"):
         with pytest.raises(BagError, match=missing):
             bags.find_bags([tmp_path / missing])

@@ -19,6 +19,7 @@ import pytest
 from vla_core.cli import main
 from vla_core.contract import ContractError, RobotContract
 from vla_core.data import bag as bags
+from vla_core.data import shards
 from vla_core.data.bag import BagError
 from vla_core.data.convert import ConvertError, convert, state_names
 from vla_core.data.folder import load
@@ -399,6 +400,20 @@ def test_an_existing_folder_is_not_touched(tmp_path: Path) -> None:
     with pytest.raises(VlaError, match="has no observation 'lidar'"):  # no fault of a bag, so never skipped
         convert([path], tmp_path / "other", ObservationSpec(state=("lidar",)), on_bad="skip")
     assert sorted(os.listdir(tmp_path)) == ["bag", "set"]
+
+
+@pytest.mark.parametrize("kept", [0, 3, 1000])
+def test_statistics_of_a_camera_are_those_of_its_pictures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: int
+) -> None:
+    """However many of the pictures are still in memory when the episode ends."""
+    monkeypatch.setattr(shards, "KEPT_BYTES", kept * 6 * 8 * 3)
+    made = convert([write_bag(tmp_path / "bag", stream_messages(15))], tmp_path / "set", SPEC)
+    folder = LeRobotFolder(made.path)
+    expected = image_statistics(list(folder.images("observation.images.camera", 0)))
+    assert folder.stats is not None
+    for name, value in expected.items():
+        np.testing.assert_allclose(folder.stats["observation.images.camera"][name], value, err_msg=name)
 
 
 # --- interrupted, in parallel, on a full disk -----------------------------------------------------------------------

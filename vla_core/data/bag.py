@@ -188,16 +188,25 @@ class Serialized(NamedTuple):
 
 
 def find_bags(paths: list[Path]) -> list[Path]:
-    """Bags at or directly below ``paths``, in the order of their names."""
+    """Bags at or anywhere below ``paths``, in the order of their names; hidden folders hold what is not done."""
     bags: list[Path] = []
     for path in paths:
         if not path.is_dir():
             raise BagError(f"{path}: no such folder; a bag is a folder with metadata.yaml and .mcap or .db3 files")
-        below = [path] if _is_bag(path) else sorted(p for p in path.iterdir() if _is_bag(p))
+        below = list(_bags_below(path))
         if not below:
             raise BagError(f"{path}: no bag here or in the folders below it")
         bags += below
     return bags
+
+
+def _bags_below(path: Path) -> Iterator[Path]:
+    if _is_bag(path):
+        yield path
+        return
+    for child in sorted(path.iterdir()):
+        if child.is_dir() and not child.name.startswith("."):
+            yield from _bags_below(child)
 
 
 class OpenBag:

@@ -21,6 +21,7 @@ from vla_core.config import to_dict
 from vla_core.contract import ContractError, RobotContract
 from vla_core.data.bag import BagError
 from vla_core.data.bag import info as bag_info
+from vla_core.data.episodes import EPISODE_TOPIC
 from vla_core.data.executor import results
 from vla_core.data.folder import ACTION, FORMAT, IMAGES, STATE
 from vla_core.data.lerobot.layout import V30, VERSIONS, Feature, image, vector
@@ -144,7 +145,10 @@ def _check_something(report: Report, out: Path) -> None:
         first = report.left_out[0]
         raise ConvertError(f"{out}: none of the {len(report.left_out)} episodes succeeded (the first, {first['bag']}: "
                            f"{first['why']}); keep failed ones with --keep-failed")  # fmt: skip
-    raise ConvertError(f"{out}: all {len(report.bad)} bags are bad; the first: {report.bad[0]['error']}")
+    if report.bad:
+        raise ConvertError(f"{out}: all {len(report.bad)} bags are bad; the first: {report.bad[0]['error']}")
+    raise ConvertError(f"{out}: no tick lies in an episode: the marks on {EPISODE_TOPIC!r} start none where there are "
+                       "observations and commands")  # fmt: skip
 
 
 def _names(bags: Sequence[Path]) -> list[str]:

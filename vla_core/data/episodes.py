@@ -91,20 +91,23 @@ class StampOrder:
                 insort(kept, entry)
             waiting.append((receive_ns, place))
             size += len(message.data)
-            newest_ns = max(newest_ns, receive_ns)
+            if receive_ns > newest_ns:
+                newest_ns = receive_ns
             while waiting and (waiting[0][0] < newest_ns - self._window_ns or size > self._max_bytes):
                 _, oldest = waiting.popleft()
-                given = oldest in overtook
-                overtook.discard(oldest)
-                while not given:
+                if oldest in overtook:
+                    overtook.remove(oldest)
+                    continue
+                left = -1
+                while left != oldest:
                     stamp_ns, left, found = kept.popleft()
-                    given = left == oldest
-                    if not given:
+                    if left != oldest:
                         overtook.add(left)
                     size -= len(found.data)
                     if stamp_ns < last_ns:
                         self.late[found.topic] += 1
-                    last_ns = max(last_ns, stamp_ns)
+                    else:
+                        last_ns = stamp_ns
                     yield found
         for stamp_ns, _, found in kept:
             if stamp_ns < last_ns:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
 import signal
@@ -10,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from multiprocessing.connection import wait
 from typing import Any, Protocol, TypeVar
 
@@ -20,6 +21,9 @@ from vla_core.errors import VlaError
 
 Job = TypeVar("Job", contravariant=True)
 Result = TypeVar("Result", covariant=True)
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+KEPT_BYTES = 32 * 1024 * 1024  # allocations up to this size are kept; the most that glibc takes
 
 
 class ExecutorError(VlaError):
@@ -91,8 +95,21 @@ def _begin(stop: Any) -> None:
     global _stop
     _stop = stop
     cv2.setNumThreads(1)  # as many processes as cores are enough threads
+    _keep_memory()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, name="watch the main process", daemon=True).start()
+
+
+def _keep_memory() -> None:
+    """Have glibc keep the memory of a picture for the next one.
+
+    Without this each decoded picture is pages that the kernel fills with zeros and takes back: up to a quarter of the
+    time of converting JPEGs. Other C libraries go on as they do.
+    """
+    with suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(M_MMAP_THRESHOLD, KEPT_BYTES)
+        mallopt(M_TRIM_THRESHOLD, 2 * KEPT_BYTES)
 
 
 def _end_with_parent() -> None:

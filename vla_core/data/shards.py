@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from queue import Queue
 from threading import Thread
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 FORMAT = 1
 BATCH = 256  # ticks that are written at once
 QUEUE = 32  # pictures that wait to be encoded
+KEPT_BYTES = 16 * 1024 * 1024  # of an episode's first pictures stay in memory for the statistics
 NO_DEMONSTRATION = ("started", "failed", "aborted")
 
 
@@ -356,6 +358,7 @@ class _Pictures:
         self._file = _ArrowFile(path, self._schema)
         self._blank = np.zeros((*size, 3), dtype=np.uint8)
         self._last: np.ndarray | None = None
+        self._kept: list[np.ndarray] = []
         self._waiting: list[Future[bytes]] = []
         self._ticks: list[int] = []
         self._count = 0
@@ -365,6 +368,8 @@ class _Pictures:
         pixels = self._blank if pixels is None else pixels
         if pixels is not self._last:
             self._last = pixels
+            if self._count * pixels.nbytes < KEPT_BYTES:
+                self._kept.append(pixels)
             self._waiting.append(_encoders().submit(side.encode_png, pixels))
             if len(self._waiting) > QUEUE:  # encoding is slower than reading: do not pile pictures up
                 self._waiting[-QUEUE].result()
@@ -386,8 +391,10 @@ class _Pictures:
 
     def take(self, frames: np.ndarray) -> Sequence[np.ndarray]:
         """Pictures of some frames, ascending, of the closed file."""
-        pictures = PictureList(_mapped(self._path), np.array(self._ticks)[frames])
-        return _Decoded(len(frames), lambda: _each_once(pictures))
+        numbers = np.array(self._ticks)[frames]
+        kept = int(np.searchsorted(numbers, len(self._kept)))
+        pictures = PictureList(_mapped(self._path), numbers[kept:])
+        return _Decoded(len(frames), lambda: chain((self._kept[i] for i in numbers[:kept]), _each_once(pictures)))
 
 
 @functools.cache

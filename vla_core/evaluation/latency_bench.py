@@ -12,8 +12,7 @@ Time is simulated: latencies are numbers, and a run repeats exactly for a seed.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -31,6 +30,7 @@ from vla_core.runtime.chunk import ActionChunk, Continuation
 from vla_core.runtime.chunk_executor import ChunkExecutor
 from vla_core.runtime.execution import STRATEGIES, Execution
 from vla_core.runtime.execution_metrics import ExecutionMetrics
+from vla_core.threads import one_thread
 
 STEP_NS = 20_000_000  # 50 Hz
 STEP_S = STEP_NS / 1e9
@@ -206,18 +206,7 @@ class BenchOptions:
     steps: int = 10
 
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Matrices this small only wait for a second thread; what runs afterwards gets its threads back."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@_one_thread()
+@one_thread()
 def bench(
     options: BenchOptions, progress: Callable[[int, str], None] = lambda done, note: None
 ) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -31,6 +31,7 @@ from vla_core.runtime.core import PolicyCore
 from vla_core.runtime.policy import Policy
 from vla_core.sim.base import View, World
 from vla_core.sim.worlds import make_world
+from vla_core.threads import one_thread
 
 DEATHS = 3  # of processes before the first episode is done: they will all die
 PATIENCE_S = 5.0  # for a process that was asked to end
@@ -63,7 +64,7 @@ def run_plan(plan: Plan, workers: int = 1, videos: Videos | None = None) -> Iter
     if workers == 1:
         runner = Runner(plan, videos)
         try:
-            with _one_thread():
+            with one_thread():
                 yield from map(runner.run, jobs)
         finally:
             runner.close()
@@ -163,17 +164,6 @@ def _line(error: BaseException) -> str:
         return text
     frame = traceback.extract_tb(error.__traceback__)[-1]
     return f"{type(error).__name__}: {text} ({Path(frame.filename).name}:{frame.lineno})"
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Sums over several threads are not those over one, to the last bit."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 # --- several processes ----------------------------------------------------------------------------------------------

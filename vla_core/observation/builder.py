@@ -103,6 +103,7 @@ class ObservationBuilder:
         for name, stream in self.streams.items():
             self.by_topic.setdefault(stream.topic, []).append(name)
         self._kinds = {name: (place, kind) for place, name, kind in spec.uses()}
+        self._seen = tuple(name for _, name, _ in spec.uses())
         self._quaternions = {
             name: quaternions(stream.names) for name, stream in self.streams.items() if stream.sampling == "interpolate"
         }
@@ -198,7 +199,7 @@ class ObservationBuilder:
                 sequences={name: self._window(name, []) for name in spec.sequences},
                 maps={name: np.zeros((1, 1), dtype=np.float32) for name in spec.maps},
                 calibrations={name: blank_calibration(size.height, size.width) for name, size in infos.items()},
-                present={name: True for _, name, _ in spec.uses()},
+                present=dict.fromkeys(self._seen, True),
                 history=past,
             )
 
@@ -210,7 +211,7 @@ class ObservationBuilder:
         ticks = [_Tick(at_ns - k * self.contract.step_ns) for k in range(self.spec.history)]
         missing: dict[str, str] = {}
         for tick in ticks:
-            for _, name, _ in self.spec.uses():
+            for name in self._seen:
                 if tick.at_ns < at_ns and self._before_start(buffer, name, tick.at_ns):
                     continue
                 found = pick(buffer, name, self.streams[name], tick.at_ns, until_ns)
@@ -267,7 +268,7 @@ class ObservationBuilder:
             sequences={name: self._window(name, picked[name].messages) for name in spec.sequences if name in picked},
             maps={name: np.asarray(self._single(name, picked)) for name in spec.maps if name in picked},
             calibrations={image: self._calibration(image, name, picked) for image, name in infos.items()},
-            present={name: name in picked for _, name, _ in spec.uses()},
+            present={name: name in picked for name in self._seen},
             history=past,
         )
 

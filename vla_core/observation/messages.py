@@ -11,7 +11,7 @@ import os
 import struct
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from rosbags.interfaces import Nodetype
@@ -23,6 +23,8 @@ from vla_core.errors import VlaError
 from vla_core.resources import share
 
 _LITTLE, _BIG = struct.Struct("<iI"), struct.Struct(">iI")  # a stamp's seconds and nanoseconds
+_COUNT = struct.Struct("<I")
+_JOINT_STATE = "sensor_msgs/msg/JointState"
 OWN_MESSAGES = ("ActionChunk", "Episode", "TrajectoryPoint", "Trajectory")
 
 
@@ -30,7 +32,7 @@ class MessageError(VlaError):
     """A message that is not what its contract says."""
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True, unsafe_hash=True)  # not frozen: a bag makes a million of them, and that takes four times as long
 class Message:
     """Serialized message: ``stamp_ns`` is its header's stamp, or the time of receipt where it has no header.
 
@@ -90,10 +92,74 @@ def serialize(type_name: str, message: Any) -> bytes:
 
 def deserialize(type_name: str, data: bytes | memoryview) -> Any:
     """Message object whose arrays are views of ``data``; raises :class:`MessageError` when the bytes do not fit."""
+    if type_name == _JOINT_STATE and (known := _known_joint_state(data)) is not None:
+        return known
     try:
         return typestore().deserialize_cdr(memoryview(data), type_name)  # slices of bytes would be copies
     except Exception as error:  # rosbags raises several types on malformed bytes, struct.error among them
         raise MessageError(f"{len(data)} bytes do not decode as {type_name}: {error}") from None
+
+
+def _known_joint_state(data: bytes | memoryview) -> Any | None:
+    """A ``sensor_msgs/JointState`` whose names and frame are those of an earlier message; None for any other bytes.
+
+    Decoding and checking names that never change takes most of the time of decoding such a message, and robots send
+    them faster than anything else.
+    """
+    if len(data) < 24 or data[0] or data[1] != 1:  # a header, two empty texts or counts; little-endian CDR
+        return None
+    found = _joint_names.get(len(data))
+    if found is None or data[12 : found.end] != found.block:
+        found = _learn_joint_names(data)
+        if found is None:
+            return None
+    place, arrays = found.end, []
+    for _ in range(3):  # position, velocity, effort
+        if place + 4 > len(data):
+            return None
+        (count,) = _COUNT.unpack_from(data, place)
+        place += 4
+        if count:
+            place += (4 - place) % 8  # doubles are aligned from behind the 4 bytes of the encapsulation on
+        if place + 8 * count > len(data):
+            return None
+        arrays.append(np.frombuffer(data, "<f8", count, place))
+        place += 8 * count
+    if len(data) - place > 3:
+        return None
+    types = typestore().types
+    stamp = types["builtin_interfaces/msg/Time"](*_LITTLE.unpack_from(data, 4))
+    return types[_JOINT_STATE](types["std_msgs/msg/Header"](stamp, found.frame_id), list(found.names), *arrays)
+
+
+class _JointNames(NamedTuple):
+    """Bytes 12 to ``end`` of a message, ``block``, and what they say."""
+
+    block: bytes
+    end: int
+    frame_id: str
+    names: list[str]
+
+
+_joint_names: dict[int, _JointNames] = {}  # by the length of the message
+
+
+def _learn_joint_names(data: bytes | memoryview) -> _JointNames | None:
+    """Remember where the names of a message end; None where they are not what they should be."""
+    try:
+        message: Any = typestore().deserialize_cdr(memoryview(data), _JOINT_STATE)
+    except Exception:  # rosbags raises several types on malformed bytes; the caller decodes again and names the error
+        return None
+    end = 16 + len(message.header.frame_id.encode()) + 1
+    end += -end % 4 + 4
+    for name in message.name:
+        end += -end % 4 + 4 + len(name.encode()) + 1
+    end += -end % 4
+    if len(_joint_names) >= 64:  # what is sent in ever new lengths is not worth remembering
+        _joint_names.clear()
+    found = _JointNames(bytes(data[12:end]), end, message.header.frame_id, message.name)
+    _joint_names[len(data)] = found
+    return found
 
 
 @functools.cache

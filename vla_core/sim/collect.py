@@ -23,7 +23,7 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ from vla_core.observation import messages
 from vla_core.sim.base import IMAGES
 from vla_core.sim.instructions import Split, instructions
 from vla_core.sim.metaworld import LONGEST_EPISODE, MetaWorld
+from vla_core.threads import one_thread
 
 START_NS = NANOSECONDS  # simulated time starts after zero, which ROS reads as "no time yet"
 EXECUTED = "executed/"
@@ -196,11 +197,12 @@ def _runner(
 ) -> Iterator[Callable[[list[_Job]], Iterator[Collected]]]:
     """What runs jobs, each of whose results comes when it is done: here, or in other processes."""
     if workers == 1:
-        collector = _Collector(collection, contract)
-        try:
-            yield lambda jobs: map(collector.run, jobs)
-        finally:
-            collector.close()
+        with nullcontext() if collection.driver is None else one_thread():
+            collector = _Collector(collection, contract)
+            try:
+                yield lambda jobs: map(collector.run, jobs)
+            finally:
+                collector.close()
         return
     # A fork of a process that has rendered has a graphics context that it cannot use.
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, (collection, contract))
@@ -223,6 +225,8 @@ _collector: _Collector | None = None  # of a worker process
 def _start_worker(collection: Collection, contract: RobotContract) -> None:
     global _collector
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's Ctrl-C ends the pool
+    if collection.driver is not None:
+        one_thread().__enter__()  # for as long as the process lives
     _collector = _Collector(collection, contract)
 
 
@@ -375,12 +379,9 @@ class _Drive:
 
 def _load_core(driver: Driver, contract: RobotContract) -> Any:
     """The policy as the robot would run it; its contract must be the robot's."""
-    import torch
-
     from vla_core.runtime.core import PolicyCore
     from vla_core.runtime.policy import Policy
 
-    torch.set_num_threads(1)  # the workers are the parallelism
     policy = Policy.load(driver.checkpoint)
     policy.contract.check_same(contract, str(driver.checkpoint), "the robot")
     return PolicyCore(policy)
