@@ -108,7 +108,7 @@ def convert(
             for done, (job, shard) in enumerate(zip(jobs, shards, strict=True), 1):
                 _take(writer, report, job, shard, on_bad)
                 progress(done)
-            _check_something(report, out)
+            _check_something(report, out, bags)
             assert writer.description is not None
             writer.description["left_out"] = [*report.left_out, *report.bad]
             if video is not None:
@@ -138,7 +138,7 @@ def _take(writer: LeRobotWriter, report: Report, job: BagJob, shard: Shard, on_b
         report.frames += entry["length"]
 
 
-def _check_something(report: Report, out: Path) -> None:
+def _check_something(report: Report, out: Path, bags: Sequence[Path]) -> None:
     if report.episodes:
         return
     if report.left_out:
@@ -147,8 +147,9 @@ def _check_something(report: Report, out: Path) -> None:
                            f"{first['why']}); keep failed ones with --keep-failed")  # fmt: skip
     if report.bad:
         raise ConvertError(f"{out}: all {len(report.bad)} bags are bad; the first: {report.bad[0]['error']}")
-    raise ConvertError(f"{out}: no tick lies in an episode: the marks on {EPISODE_TOPIC!r} start none where there are "
-                       "observations and commands")  # fmt: skip
+    others = f" and in {len(bags) - 1} others" if len(bags) > 1 else ""
+    raise ConvertError(f"{out}: no tick lies in an episode: in {bags[0]}{others} the marks on {EPISODE_TOPIC!r} start "
+                       "none where there are observations and commands")  # fmt: skip
 
 
 def _names(bags: Sequence[Path]) -> list[str]:
