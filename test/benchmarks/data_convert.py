@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import subprocess
 import sys
 import tempfile
@@ -16,7 +15,7 @@ import numpy as np
 from rosbags.rosbag2 import Reader
 
 import vla_core
-from test.benchmarks.framework import BenchmarkError, Row, Settings, Suite, compared
+from test.benchmarks.framework import BenchmarkError, Row, Settings, Suite, compared, peak_mb
 from vla_core.commands import encode
 from vla_core.contract import NANOSECONDS, Action, RobotContract, Stream
 from vla_core.data.bag import CONTRACT_KEY, BagWriter
@@ -179,7 +178,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         bags = record(Path(name), kind, number, seconds)
         convert(bags, Path(name) / "set", SPECS[kind], workers=1)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    print(peak_mb())
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import shutil
 import subprocess
 import sys
@@ -20,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 import vla_core
-from test.benchmarks.framework import BenchmarkError, Row, Settings, Suite, compared, measured
+from test.benchmarks.framework import BenchmarkError, Row, Settings, Suite, compared, measured, peak_mb
 from test.benchmarks.lerobot_env import NAME, LeRobot
 from vla_core.contract import RobotContract
 from vla_core.data.lerobot.episode import EpisodeRows
@@ -275,7 +274,7 @@ def main() -> None:
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as name:
         write(Path(name) / "dataset", (episode(rng, False, Path(name)) for _ in range(int(sys.argv[1]))))
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    print(peak_mb())
 
 
 if __name__ == "__main__":

@@ -217,3 +217,9 @@ def _revision() -> str:
         return (git("rev-parse", "--short", "HEAD") or "unknown") + ("+" if git("status", "--porcelain") else "")
     except FileNotFoundError:
         return "unknown"
+
+
+def peak_mb() -> float:
+    """The most that was resident so far, of this program alone: ru_maxrss would count the parent before it, too."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e6

@@ -7,17 +7,11 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 
 import torch
 
+from test.benchmarks.framework import peak_mb
 from test.benchmarks.model_presets import CASES, chunk_of, inputs_of, make, make_plain, predict, train
-
-
-def peak_mb() -> float:
-    """The most that was resident so far, of this program alone: ru_maxrss would count the parent before it, too."""
-    status = Path("/proc/self/status").read_text(encoding="utf-8")
-    return int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e6
 
 
 def main(preset: str, side: str) -> None:
