@@ -25,6 +25,9 @@ class ContractError(VlaError):
     """Two contracts that disagree, or a stream that a contract does not have."""
 
 
+# Messages whose rows are places in the robot's own frame, as it was at the message's stamp.
+RELATIVE_TYPES = ("nav_msgs/msg/Path", "vla_ros/msg/Trajectory")
+
 Sampling = Literal["hold", "nearest", "interpolate", "window"]
 Reaction = Literal["clamp", "hold", "stop", "latch"]
 
@@ -164,6 +167,11 @@ class Action:
         if self.step_s is not None and (self.publish == "step" or not 0 < self.step_s < float("inf")):
             raise ConfigError(f"step_s: expected a positive time, with publish chunk alone, found {self.step_s}")
 
+    @property
+    def relative(self) -> bool:
+        """Whether it is a trajectory in the robot's own moving frame: its rows mean nothing but together."""
+        return self.publish == "chunk" and self.type in RELATIVE_TYPES
+
 
 @dataclass(frozen=True, kw_only=True)
 class Axis:
@@ -232,11 +240,43 @@ class Safety:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Following:
+    """How a vehicle turns its trajectory action into steering and speed.
+
+    ``odometry`` names the observation with pose and twist in the plane that the trajectory is followed by, ``command``
+    is what the vehicle obeys: entries ``steering_angle`` (rad) and ``speed`` (m/s). Pure pursuit aims at the point that
+    is ``lookahead_s`` ahead at the present speed, at least ``lookahead_m``; a trajectory older than ``timeout_s`` is
+    braked along, at ``braking_mps2``. ``wheelbase_m`` is the distance of the axles, from ``base_link`` at the rear one.
+    ``lead_s`` is how long the vehicle takes to obey a speed: that of the trajectory so much later is sent.
+    """
+
+    odometry: str
+    command: Action
+    wheelbase_m: float
+    lookahead_s: float = 0.8
+    lookahead_m: float = 3.0
+    braking_mps2: float = 4.0
+    timeout_s: float = 0.6
+    lead_s: float = 0.3
+
+    def __post_init__(self) -> None:
+        for key in ("wheelbase_m", "lookahead_s", "lookahead_m", "braking_mps2", "timeout_s", "lead_s"):
+            if not 0 < getattr(self, key) < float("inf"):
+                raise ConfigError(f"{key}: expected a positive number, found {getattr(self, key)}")
+        if self.command.names != ("steering_angle", "speed"):
+            raise ConfigError(f"command.names: expected [steering_angle, speed], found {list(self.command.names)}")
+        if self.command.publish != "step":
+            raise ConfigError(f"command.publish: expected step, found {self.command.publish}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class RobotContract:
     """What a robot offers and obeys. All times derived from it are integer nanoseconds.
 
     A policy's action vector is that of all ``actions``, joined in their order. ``offline`` lets a tick see messages
-    that are stamped after it, for labels and offline studies; a live node refuses such a contract.
+    that are stamped after it, for labels and offline studies; a live node refuses such a contract. ``following`` is for
+    vehicles whose one action is a trajectory. ``any_of`` names observations of which at least one must be there: with
+    all of them lost a policy refuses, though each of them alone may be masked.
     """
 
     name: str
@@ -244,6 +284,8 @@ class RobotContract:
     observations: dict[str, Stream]
     actions: dict[str, Action]
     safety: Safety = field(default_factory=Safety)
+    following: Following | None = None
+    any_of: tuple[str, ...] = ()
     offline: bool = False
     description: str = field(default="")
 
@@ -269,6 +311,22 @@ class RobotContract:
                     raise ConfigError(f"observations.{name}.{key}: shares {stream.topic} with {other}, which has "
                                       f"{getattr(first, key)!r}, found {getattr(stream, key)!r}")  # fmt: skip
         self._check_safety()
+        self._check_following()
+
+    def _check_following(self) -> None:
+        for name in self.any_of:
+            if name not in self.observations:
+                raise ConfigError(f"any_of: no observation {name!r}; choices: {choices(self.observations)}")
+        if self.following is None:
+            return
+        if self.following.odometry not in self.observations:
+            raise ConfigError(
+                f"following.odometry: no observation {self.following.odometry!r}; choices: {choices(self.observations)}"
+            )
+        actions = list(self.actions.values())
+        if len(actions) != 1 or actions[0].publish != "chunk" or not {"x", "y", "speed"} <= set(actions[0].names):
+            raise ConfigError(f"following: expected one action that is a trajectory with x, y and speed, found "
+                              f"{choices(self.actions)}")  # fmt: skip
 
     def _check_safety(self) -> None:
         for name in self.safety.sensors or ():
@@ -311,6 +369,11 @@ class RobotContract:
     def action_units(self) -> tuple[str, ...]:
         """Units of the whole action vector."""
         return tuple(unit for action in self.actions.values() for unit in action.units)
+
+    @property
+    def plans(self) -> bool:
+        """Whether a tick is answered by a whole trajectory (H, A) in the robot's own frame as it was at the tick."""
+        return all(action.relative for action in self.actions.values())
 
     @property
     def action_low(self) -> np.ndarray:
@@ -381,7 +444,9 @@ class RobotContract:
             name: dataclasses.replace(action, topic=other.actions[name].topic, limits=other.actions[name].limits)
             for name, action in self.actions.items()
         }
-        return dataclasses.replace(self, observations=observations, actions=actions, safety=other.safety)
+        return dataclasses.replace(
+            self, observations=observations, actions=actions, safety=other.safety, following=other.following
+        )
 
     def to_yaml(self) -> str:
         """YAML text that :meth:`from_yaml` reads back equal."""
@@ -416,6 +481,7 @@ def _without_topics(contract: RobotContract) -> dict[str, Any]:
     data: dict[str, Any] = to_dict(contract)
     data.pop("description")
     data.pop("safety")
+    data.pop("following")  # how a trajectory is followed does not change what it means
     for action in data["actions"].values():
         action.pop("topic")
         action.pop("limits")

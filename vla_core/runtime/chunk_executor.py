@@ -35,8 +35,9 @@ class _Held:
 class ChunkExecutor:
     """Commands from chunks by the strategy of ``execution``.
 
-    Of each chunk the first ``execution.steps`` rows are meant to run; the rest is there to be mixed with the next
-    one, and for the case that the next one is late. Safe to push to from one thread and to read from another.
+    Of each chunk the first ``execution.steps`` rows (or ``execution.period_s``) are meant to run; the rest is there to
+    be mixed with the next one, and for the case that the next one is late. Safe to push to from one thread and to read
+    from another.
     """
 
     def __init__(self, execution: Execution, metrics: ExecutionMetrics | None = None) -> None:
@@ -89,8 +90,12 @@ class ChunkExecutor:
             if not self._held:
                 return True
             newest = self._held[-1]
-            on_its_way = newest.chunk.observation_stamp_ns <= at_ns < newest.from_ns
-            return not on_its_way and not 0 <= newest.chunk.row(at_ns) < self.execution.steps
+            chunk, period_ns = newest.chunk, self.execution.period_ns
+            on_its_way = chunk.observation_stamp_ns <= at_ns < newest.from_ns
+            if period_ns is None:
+                return not on_its_way and not 0 <= chunk.row(at_ns) < self.execution.steps
+            runs = chunk.covers(at_ns) and at_ns - chunk.observation_stamp_ns < period_ns
+            return not on_its_way and not runs
 
     @property
     def expected_delay_steps(self) -> int:

@@ -49,6 +49,7 @@ class PolicyCore:
         self.last_observation: Observation | None = None
         self._low = policy.contract.action_low
         self._high = policy.contract.action_high
+        (execution or policy.checkpoint.config.execution).check_contract(policy.contract)
         if execution is not None:
             execution.check(policy.checkpoint.config.model.horizon, policy.checkpoint.config.model.head)
         self.metrics = ExecutionMetrics(self._low, self._high)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from vla_core.config import ConfigError, from_dict, to_dict
+from vla_core.contract import NANOSECONDS, RobotContract
 from vla_core.errors import choices
 
 Strategy = Literal["receding", "ensemble", "blend", "rtc"]
@@ -16,8 +17,10 @@ STRATEGIES: tuple[str, ...] = get_args(Strategy)
 
 @dataclass(frozen=True, kw_only=True)
 class Execution:
-    """Of each chunk the first ``steps`` rows run before the next inference is due.
+    """Of each chunk the first ``steps`` rows run before the next inference is due, or ``period_s`` where it is given.
 
+    ``period_s``             the next inference is due so many seconds after the newest chunk's observation; None is
+                             after ``steps`` rows. Vehicles plan anew at every tick, though their rows are further apart
     ``strategy``             ``receding``: the newest chunk alone;
                              ``ensemble``: the weighted mean of all chunks that cover the tick, ACT's (Zhao et al.
                              2023, "Learning Fine-Grained Bimanual Manipulation with Low-Cost Hardware");
@@ -40,6 +43,7 @@ class Execution:
 
     strategy: Strategy = "receding"
     steps: int = 4
+    period_s: float | None = None
     ensemble_decay: float = 0.01
     blend_steps: int = 4
     max_guidance: float = 5.0
@@ -58,14 +62,43 @@ class Execution:
         for name in ("ensemble_decay", "max_guidance"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ConfigError(f"{name}: expected a number from 0 on, found {getattr(self, name)}")
+        if self.period_s is not None and not 0 < self.period_s < float("inf"):
+            raise ConfigError(f"period_s: expected null or a positive time, found {self.period_s}")
         if self.guided_steps is not None and self.guided_steps < 1:
             raise ConfigError(f"guided_steps: expected null or at least 1, found {self.guided_steps}")
         if not 0 < self.spread < float("inf"):
             raise ConfigError(f"spread: expected a positive number, found {self.spread}")
 
+    @property
+    def period_ns(self) -> int | None:
+        """``period_s`` in nanoseconds."""
+        return None if self.period_s is None else round(NANOSECONDS * self.period_s)
+
+    def interval_ns(self, row_ns: int) -> int:
+        """Time from one chunk's observation to the next one's, of chunks whose rows are ``row_ns`` apart."""
+        return self.steps * row_ns if self.period_ns is None else self.period_ns
+
     def changed(self, values: Mapping[str, Any]) -> Execution:
         """This execution with plain ``values``, such as a node's parameters; strict as a file is."""
         return from_dict(Execution, {**to_dict(self), **values}, "execution")
+
+    def check_contract(self, contract: RobotContract) -> None:
+        """Raise :class:`ConfigError` unless the actions of ``contract`` can be executed so.
+
+        Plans in the robot's own frame cannot be mixed row by row: each is seen from elsewhere.
+        """
+        if contract.plans and self.strategy != "receding":
+            raise ConfigError(
+                f"execution.strategy: found {self.strategy!r}, but the trajectories of {contract.name!r} are in the "
+                "robot's own frame, which has moved from one to the next; choices: receding"
+            )
+        following, interval_ns = contract.following, self.interval_ns(contract.chunk_step_ns)
+        if following is not None and interval_ns > NANOSECONDS * following.timeout_s:
+            raise ConfigError(
+                f"execution: a trajectory every {interval_ns / NANOSECONDS:g} s, but {contract.name!r} brakes where "
+                f"none comes for following.timeout_s ({following.timeout_s:g}); set execution.period_s, to "
+                f"{contract.step_ns / NANOSECONDS:g} for one at every tick"
+            )
 
     def check(self, horizon: int, head: Any) -> None:
         """Raise :class:`ConfigError` unless chunks of ``horizon`` rows of the head with config ``head`` allow it."""

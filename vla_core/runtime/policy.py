@@ -45,9 +45,11 @@ class Policy:
 
         Raises :class:`PolicyError` when it is not finite.
         """
-        inputs = collate([observation], self.checkpoint.normalizer, self.checkpoint.tokenizer, self.spec)
+        model, tokenizer = self.checkpoint.model, self.checkpoint.tokenizer
+        remembers = getattr(model, "remembers", "everything")
+        inputs = collate([observation], self.checkpoint.normalizer, tokenizer, self.spec, remembers=remembers)
         generator = torch.Generator().manual_seed(_noise_seed(self.seed, observation.stamp_ns))
-        normalized = self.checkpoint.model.predict(inputs, generator, self._prefix(continues))[0].numpy()  # (H, A)
+        normalized = model.predict(inputs, generator, self._prefix(continues))[0].numpy()  # (H, A)
         actions = self.checkpoint.normalizer.unnormalize("action", normalized)
         if not torch.isfinite(torch.from_numpy(actions)).all():
             raise PolicyError(f"the policy predicted a non-finite action at stamp {observation.stamp_ns}")

@@ -356,7 +356,8 @@ class SafetyStage:
         self._clock_fault = ""  # it is answered now: what follows is on the new clock
         self._stop_sent = True
         if isinstance(guard, TrajectoryGuard):
-            proposal = None if guard.rests else guard.stop(at_ns)
+            # In lockstep, who waits for an answer must get one each time.
+            proposal = None if guard.rests and not self.simulated else guard.stop(at_ns)
         else:
             self._place_measured(guard, at_ns)
             proposal = guard.stop(periods)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from vla_core.commands import COORDINATES
-from vla_core.contract import NANOSECONDS, Action, Axis
+from vla_core.contract import NANOSECONDS, RELATIVE_TYPES, Action, Axis
 from vla_core.runtime.guard import Proposal, States, entries_of, values_of
 from vla_core.runtime.motion import State
 
@@ -23,7 +23,7 @@ class TrajectoryGuard:
     stop keeps the frame, stamp and past of the last one.
     """
 
-    RELATIVE = ("nav_msgs/msg/Path", "vla_ros/msg/Trajectory")
+    RELATIVE = RELATIVE_TYPES
 
     def __init__(self, action: Action, step_ns: int, axes: Sequence[Axis] = ()) -> None:
         self.action = action

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -41,12 +41,14 @@ class View:
     """How a world is looked at.
 
     ``camera`` is for worlds that let one choose; ``size`` are pixels of the published pictures, None the world's own;
-    ``black`` publishes black pictures: what is a policy's success without sight?
+    ``black`` publishes black pictures: what is a policy's success without sight? ``swapped`` is for worlds that say
+    their instruction themselves (:class:`Journey`): they say that of another task, and still score their own.
     """
 
     camera: str | None = None
     size: int | None = None
     black: bool = False
+    swapped: bool = False
 
     def __post_init__(self) -> None:
         if self.size is not None and self.size < 16:
@@ -58,7 +60,10 @@ class World(Protocol):
 
     ``steps_per_frame``  the cameras show a new picture every so many control steps
     ``success``          whether the episode has succeeded so far; stays true
-    ``score``            best so far in [0, 1], where the benchmark knows more than success; None elsewhere
+    ``score``            so far in [0, 1], where the benchmark knows more than success; None elsewhere
+
+    ``step`` takes a command of the contract's action, or of ``following.command`` where a trajectory is followed. What
+    only some worlds have is asked for by :class:`HasExpert` and :class:`Journey`.
     """
 
     contract: RobotContract
@@ -72,10 +77,14 @@ class World(Protocol):
         """Start an episode; the same seed gives the same episode, whatever was run before."""
 
     def observe_state(self, stamp_ns: int) -> list[Message]:
-        """The contract's numeric streams now, stamped ``stamp_ns``."""
+        """The contract's numeric streams now, stamped ``stamp_ns``.
+
+        A stream that is faster than the control rate has several messages, in order, of the control period that ends
+        now; the last one is stamped ``stamp_ns``.
+        """
 
     def observe_camera(self, stamp_ns: int) -> list[Message]:
-        """The contract's pictures now, stamped ``stamp_ns``."""
+        """The contract's pictures now, and their ``CameraInfo`` where it is asked for, stamped ``stamp_ns``."""
 
     def rest(self) -> np.ndarray:
         """The command (A,) that leaves the robot where it is, before it was told anything."""
@@ -90,6 +99,59 @@ class World(Protocol):
         """Free what the simulator holds."""
 
 
+@runtime_checkable
+class HasExpert(Protocol):
+    """A world that knows what is right: demonstrations can be recorded in it."""
+
+    def expert_rows(self) -> np.ndarray:
+        """What the expert does now, (H, A) rows of the contract's action: H = 1 for a message a step.
+
+        Ask once a tick, whoever drives: an expert may have a memory.
+        """
+
+
+@runtime_checkable
+class Journey(Protocol):
+    """A world on the way: what it says changes, it may end early, and there is more to tell than success.
+
+    ``instruction``  what is said now, "" before the first reset
+    ``over``         the episode has ended, succeeded or not: nothing that comes counts any more
+    """
+
+    @property
+    def instruction(self) -> str: ...
+
+    @property
+    def over(self) -> bool: ...
+
+    def details(self) -> dict[str, float]:
+        """Figures of the episode so far, the same keys always; finite."""
+
+    def statics(self, stamp_ns: int) -> list[Message]:
+        """What is said once and latched beside the contract's streams, such as ``/tf_static``."""
+
+    def ground_truth(self, stamp_ns: int) -> list[Message]:
+        """What no sensor sees, on topics ``ground_truth/…``: for scores and people, never for a policy."""
+
+    def watch_plan(self, rows: np.ndarray | None) -> None:
+        """Draw a trajectory, rows (H, A) of the contract's action from now on, into the pictures for people."""
+
+
+def instruction_now(world: World) -> str | None:
+    """What the world says now; None where the task's instruction holds throughout."""
+    return world.instruction if isinstance(world, Journey) else None
+
+
+def is_over(world: World) -> bool:
+    """Whether the episode has ended, succeeded or not."""
+    return world.success or (isinstance(world, Journey) and world.over)
+
+
+def details_of(world: World) -> dict[str, float]:
+    """Figures of the episode so far; none where the world knows success alone."""
+    return world.details() if isinstance(world, Journey) else {}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Simulator:
     """What a prefix of a world's name stands for.
@@ -98,12 +160,14 @@ class Simulator:
     ``task``            the task of the name after the colon; raises :class:`SimulationError` with the choices
     ``make``            a world of that task
     ``chooses_camera``  whether :class:`View` may name a camera
+    ``journey``         whether its worlds say their instruction themselves, on the way (:class:`Journey`)
     """
 
     contract: str
     task: Callable[[str], Task]
     make: Callable[[str, RobotContract, View], World]
     chooses_camera: bool = False
+    journey: bool = False
 
 
 def check_contract(contract: RobotContract, who: str, vectors: Mapping[str, int], pictures: tuple[str, ...],

@@ -130,6 +130,10 @@ class MetaWorld:
             action = self._expert.get_action(self._state)
         return np.clip(action, -1.0, 1.0) * _scale()
 
+    def expert_rows(self) -> np.ndarray:
+        """The same as the one row (1, 4) of a chunk."""
+        return self.expert()[None]
+
     @property
     def score(self) -> float | None:
         """Meta-World knows nothing finer than success."""

@@ -1,4 +1,5 @@
-"""Worlds by name: ``simulator:task``, such as ``metaworld:push-v3``, ``libero_spatial:3`` or ``pusht``.
+"""Worlds by name: ``simulator:task``, such as ``metaworld:push-v3``, ``libero_spatial:3``, ``pusht`` or
+``driving:mixed``.
 
 A name without a colon that is no simulator's is a Meta-World task. A package of your own adds a simulator by
 ``SIM_REGISTRY["mine"] = Simulator(…)`` in a module of the entry point ``vla_ros.plugins``.
@@ -12,7 +13,7 @@ from functools import partial
 from vla_core.config import load_plugins
 from vla_core.contract import RobotContract
 from vla_core.errors import choices
-from vla_core.sim.base import SimulationError, Simulator, Task, View, World
+from vla_core.sim.base import Journey, SimulationError, Simulator, Task, View, World
 
 DEFAULT = "metaworld"
 LIBERO_SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
@@ -56,11 +57,24 @@ def _make_pusht(task: str, contract: RobotContract, view: View) -> World:
     return PushT(contract, view)
 
 
+def _driving_task(task: str) -> Task:
+    from vla_core.sim.driving.world import driving_task
+
+    return driving_task(task)
+
+
+def _make_driving(task: str, contract: RobotContract, view: View) -> World:
+    from vla_core.sim.driving.world import Driving
+
+    return Driving(task, contract, view)
+
+
 SIM_REGISTRY: dict[str, Simulator] = {
     "metaworld": Simulator(
         contract="metaworld_sawyer", task=_metaworld_task, make=_make_metaworld, chooses_camera=True
     ),
     "pusht": Simulator(contract="pusht", task=_pusht_task, make=_make_pusht),
+    "driving": Simulator(contract="driving", task=_driving_task, make=_make_driving, journey=True),
     **{
         suite: Simulator(contract="libero", task=partial(_libero_task, suite), make=partial(_make_libero, suite))
         for suite in LIBERO_SUITES
@@ -93,11 +107,15 @@ def make_world(name: str, contract: RobotContract | None = None, view: View | No
         name: such as ``libero_spatial:3``.
         contract: names the topics that messages go to; None takes the simulator's own robot. It must ask for nothing
             that the simulator does not have.
-        view: camera, size of the pictures, or black ones.
+        view: camera, size of the pictures, black ones, or another task's instruction.
     """
     simulator, task = find(name)
     view = view or View()
     if view.camera is not None and not simulator.chooses_camera:
         raise SimulationError(f"{name}: its cameras are fixed by the contract; found the camera {view.camera!r}")
     simulator.task(task)
-    return simulator.make(task, contract or RobotContract.load(simulator.contract), view)
+    world = simulator.make(task, contract or RobotContract.load(simulator.contract), view)
+    if view.swapped and not isinstance(world, Journey):
+        world.close()
+        raise SimulationError(f"{name}: it does not say its instruction itself, so none can be swapped")
+    return world
