@@ -43,12 +43,18 @@ DEMO_OPTIONS := $(if $(TASK),--task $(TASK)) $(if $(CAMERA),--camera $(CAMERA)) 
                 $(if $(EPISODES),--episodes $(EPISODES)) $(if $(RECIPE),--recipe $(RECIPE)) \
                 $(if $(SEED),--seed $(SEED))
 
-.PHONY: help setup simulators test demo bench clean
+DRIVE_OPTIONS := $(if $(DRIVES),--drives $(DRIVES)) $(if $(ROUTES),--routes $(ROUTES)) \
+                 $(if $(STEPS),--steps $(STEPS)) $(if $(ABLATE),--ablate $(ABLATE)) \
+                 $(if $(RECIPE),--recipe $(RECIPE)) $(if $(SEED),--seed $(SEED))
+
+.PHONY: help setup simulators test demo demo-drive bench clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo 'make demo    record, train, run live and replay; the report is out/demo/report.html'
 	@echo '             options: TASK=reach-v3 CAMERA=corner2 EPISODES=50 RECIPE=mini_vla SEED=0'
+	@echo 'make demo-drive   the same with a car in a town, from cameras, LiDAR, radars, IMU and words to trajectories;'
+	@echo '             the report is out/demo-drive/report.html; options: DRIVES=64 ROUTES=36 STEPS=800 ABLATE=9 SEED=0'
 	@echo 'make test    ruff, mypy and every test'
 	@echo 'make bench   measure and compare with peers, at most 10 minutes a suite; tables, and out/bench/<suite>.json'
 	@echo '             options: SUITE=robot ONLY=latency LONG=1'
@@ -59,6 +65,9 @@ help:
 
 demo: setup
 	$(VENV)/bin/vla demo $(DEMO_OPTIONS)
+
+demo-drive: setup
+	$(VENV)/bin/vla demo-drive $(DRIVE_OPTIONS)
 
 # pytest comes last, so that its closing line is the last one.
 test: setup simulators
@@ -78,7 +87,8 @@ $(VENV)/.simulators: $(VENV)/.packages
 	$(PIP) --no-deps $(SIMULATORS)
 	@touch $@
 
-$(VENV)/.messages: $(VENV)/.packages CMakeLists.txt package.xml $(wildcard msg/*.msg action/*.action) vla_ros/wheels.py
+$(VENV)/.messages: $(VENV)/.packages CMakeLists.txt package.xml $(wildcard msg/*.msg action/*.action) vla_ros/wheels.py \
+                   vla_core/observation/definitions.py
 	$(PY) -m vla_ros.wheels
 	@touch $@
 

@@ -213,10 +213,16 @@ def _check_sizes(path: Path, config: PolicyConfig, contract: RobotContract, stat
         if declared != modelled:
             raise CheckpointError(f"{path}: the contract has {declared} numbers in {name!r}, the model {modelled}")
         for key, values in statistics.get(name, {}).items():
-            if not isinstance(values, list) or not all(isinstance(v, int | float) and isfinite(v) for v in values):
-                raise CheckpointError(f"{path}: statistics {name}.{key} are no finite numbers: {values!r}")
-            if key != "count" and len(values) != declared:
-                raise CheckpointError(f"{path}: statistics {name}.{key} have {len(values)} entries, not {declared}")
+            plans = name == "action" and contract.plans and isinstance(values, list) and isinstance(values[0], list)
+            rows = values if plans else [values]
+            for row in rows:
+                if not isinstance(row, list) or not all(isinstance(v, int | float) and isfinite(v) for v in row):
+                    raise CheckpointError(f"{path}: statistics {name}.{key} are no finite numbers: {values!r}")
+                if key != "count" and len(row) != declared:
+                    raise CheckpointError(f"{path}: statistics {name}.{key} have {len(row)} entries, not {declared}")
+            if plans and len(rows) < config.model.horizon:
+                raise CheckpointError(f"{path}: statistics {name}.{key} are those of plans of {len(rows)} rows, the "
+                                      f"model's horizon is {config.model.horizon}")  # fmt: skip
 
 
 def _load_weights(model: torch.nn.Module, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The ``vla`` command's parts that need no ROS: collect, convert, train, evaluate, compare, latency, replay, inspect.
+"""The ``vla`` command's parts that need no ROS: collect, convert, train, evaluate, ablate, replay, inspect and others.
 
 ``vla_ros.cli`` adds what starts nodes. Errors of the user's making are one line on stderr and exit status 1.
 """
@@ -11,8 +11,13 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from vla_core.errors import VlaError
+
+if TYPE_CHECKING:
+    from vla_core.contract import RobotContract
+    from vla_core.evaluation.open_loop import Replay
 
 
 def positive(text: str) -> int:
@@ -34,15 +39,16 @@ def not_negative(text: str) -> int:
 def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add this module's commands to a parser."""
     collect = commands.add_parser("collect", help="demonstrations of a scripted expert in simulation, as bags")
-    collect.add_argument("--task", nargs="+", default=["push-v3"], help="several give a folder each")
+    collect.add_argument("world", nargs="*", help="such as push-v3 or driving:mixed; several give a folder each")
+    collect.add_argument("--task", nargs="+", default=[], help="more of them; default: push-v3")
     collect.add_argument("--episodes", type=positive, default=50, help="of each task")
     collect.add_argument("--seed", type=not_negative, default=0, help="of the first episode; each later one counts up")
     collect.add_argument("--out", type=Path, required=True, help="folder to create, for a bag an episode")
     collect.add_argument(
-        "--contract", help="a name in config/robots, or a file; default: metaworld_sawyer, or --policy's"
+        "--contract", help="a name in config/robots, or a file; default: the world's own robot, or --policy's"
     )
-    collect.add_argument("--camera", default="corner2", help="for image streams that are not named after a camera")
-    collect.add_argument("--camera-size", type=positive, default=128, help="pixels")
+    collect.add_argument("--camera", help="of worlds that let one choose: Meta-World's, default corner2")
+    collect.add_argument("--camera-size", type=positive, help="pixels; default: the world's")
     collect.add_argument("--no-images", action="store_true", help="leave the contract's image streams out")
     collect.add_argument("--suite", choices=("mt10",), help="the ten tasks of MT10 instead of --task")
     collect.add_argument("--instruction", help="default: the task's own")
@@ -50,10 +56,11 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--instructions", choices=("canonical", "train", "unseen"), default="canonical",
         help="the task's own words, or paraphrases that take turns",
     )  # fmt: skip
-    collect.add_argument("--max-steps", type=positive, default=200)
+    collect.add_argument("--max-steps", type=positive, help="default: the world's own limit")
     collect.add_argument(
         "--noise", nargs="+", metavar="key=value",
-        help="disturb what is executed in bursts, while the expert's command is recorded: scale=0.5 share=0.3",
+        help="disturb what is executed in bursts, while the expert's command is recorded: scale=0.5 share=0.3 "
+        "entries=[steering_angle]",
     )  # fmt: skip
     collect.add_argument("--policy", help="a checkpoint that drives, while the expert's command is recorded (DAgger)")
     collect.add_argument(
@@ -65,6 +72,10 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     from vla_core.data import command as data  # it needs this module's types of arguments
 
     data.add_commands(commands)
+
+    from vla_core.data.drives import command as drives
+
+    drives.add_commands(commands)
 
     train = commands.add_parser("train", help="a training set to a checkpoint")
     train.add_argument("recipe", help="a name in config/train, or a YAML file")
@@ -88,6 +99,10 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     from vla_core.evaluation import command as evaluation  # it needs this module's types of arguments
 
     evaluation.add_commands(commands)
+
+    from vla_core.evaluation import ablate_command
+
+    ablate_command.add_command(commands)
 
     latency = commands.add_parser("latency", help="chunk execution under latency, without simulator and checkpoint")
     latency.add_argument("--strategy", nargs="+", metavar="NAME", help="default: all of them")
@@ -178,22 +193,25 @@ def _collect(parsed: argparse.Namespace) -> int:
     from vla_core.config import from_dict, override
     from vla_core.contract import RobotContract
     from vla_core.progress import bar
-    from vla_core.sim.collect import Collection, Driver, Noise, collect
+    from vla_core.sim.collect import Collection, Driver, collect
     from vla_core.sim.instructions import MT10
+    from vla_core.sim.noise import Noise
+    from vla_core.sim.worlds import find
 
     if parsed.beta is not None and parsed.policy is None:
         raise VlaError("--beta: belongs to --policy, which drives the other segments")
     driver = None
     if parsed.policy is not None:
         driver = Driver(checkpoint=parsed.policy, beta=0.5 if parsed.beta is None else parsed.beta)
+    worlds = tuple(dict.fromkeys((*parsed.world, *parsed.task))) or ("push-v3",)
     collection = Collection(
-        tasks=MT10 if parsed.suite else tuple(parsed.task), episodes=parsed.episodes, seed=parsed.seed,
+        tasks=MT10 if parsed.suite else worlds, episodes=parsed.episodes, seed=parsed.seed,
         camera=parsed.camera, camera_size=parsed.camera_size, images=not parsed.no_images,
         instruction=parsed.instruction, instructions=parsed.instructions, max_steps=parsed.max_steps, driver=driver,
         noise=None if parsed.noise is None else from_dict(Noise, override({}, parsed.noise), "noise"),
     )  # fmt: skip
     if parsed.contract or driver is None:
-        contract = RobotContract.load(parsed.contract or "metaworld_sawyer")
+        contract = RobotContract.load(parsed.contract or find(collection.tasks[0])[0].contract)
     else:
         from vla_core.checkpoint import Checkpoint
 
@@ -249,15 +267,32 @@ def _replay(parsed: argparse.Namespace) -> int:
     from vla_core.runtime.core import PolicyCore
     from vla_core.runtime.policy import Policy
 
-    result = replay(parsed.bag, PolicyCore(Policy.load(parsed.checkpoint)))
+    core = PolicyCore(Policy.load(parsed.checkpoint))
+    result = replay(parsed.bag, core)
     parsed.out.mkdir(parents=True, exist_ok=True)
-    figures = {"bag": str(parsed.bag), "checkpoint": str(parsed.checkpoint), **result.figures()}
+    figures: dict[str, Any] = {"bag": str(parsed.bag), "checkpoint": str(parsed.checkpoint)}
+    figures |= result.figures()
+    if {"x", "y", "yaw"} <= set(result.names):
+        figures["planning"] = _planned(parsed.bag, result, core.contract)
     (parsed.out / "replay.json").write_text(json.dumps(figures, indent=1), encoding="utf-8")
     plots.save(plots.replay_traces(result), parsed.out / "traces.png")
     plots.save(plots.replay_errors(result), parsed.out / "errors.png")
     print(f"mean absolute error {figures['mae']:.4f} of the half range over {figures['ticks']} ticks; "
           f"plots and replay.json in {parsed.out}")  # fmt: skip
+    if "planning" in figures:
+        found = {name: value for name, value in figures["planning"].items() if value is not None}
+        told = [f"{h} s ahead {found[f'l2_{h}s']:.2f} m" for h in (1, 2, 3) if f"l2_{h}s" in found]
+        print(f"displacement from what was driven: {', '.join(told)}")
     return 0
+
+
+def _planned(bag: Path, replayed: Replay, contract: RobotContract) -> dict[str, Any]:
+    """A trajectory's figures in nuScenes' terms."""
+    from vla_core.evaluation import driven, planning
+
+    if driven.has_truth(bag):
+        return planning.figures([driven.plans(driven.read_drive(bag), replayed, contract)])
+    return planning.figures([driven.labelled_plans(replayed, contract, bag)])
 
 
 def _inspect(parsed: argparse.Namespace) -> int:

@@ -331,6 +331,7 @@ CODECS: dict[str, Codec] = {
     "trajectory_msgs/msg/JointTrajectory": Codec(_encode_joint_trajectory, _decode_joint_trajectory, chunks=True),
     "geometry_msgs/msg/Twist": Codec(_encode_paths(""), _decode_paths("")),
     "geometry_msgs/msg/TwistStamped": Codec(_encode_paths("twist"), _decode_paths("twist")),
+    "ackermann_msgs/msg/AckermannDrive": Codec(_encode_paths(""), _decode_paths("")),
     "ackermann_msgs/msg/AckermannDriveStamped": Codec(_encode_paths("drive"), _decode_paths("drive")),
     "nav_msgs/msg/Path": Codec(_encode_path, _decode_path, chunks=True),
     "vla_ros/msg/Trajectory": Codec(_encode_trajectory, _decode_trajectory, chunks=True),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from rclpy.event_handler import SubscriptionEventCallbacks
@@ -26,9 +26,12 @@ from vla_core.contract import RobotContract, Stream
 from vla_core.data.episodes import EPISODE_TOPIC
 from vla_core.data.recording import LossCounter
 from vla_core.errors import VlaError
+from vla_core.observation.setup_check import TRANSFORMS
 from vla_ros.msg import Episode
 
 CHUNK_TOPIC = "action_chunk"
+TICK_TOPIC = "tick"  # of a simulator in lockstep: vla_ros/msg/Tick
+TF_TOPIC, TF_STATIC_TOPIC = "/tf", "/tf_static"
 QOS_OVERRIDES = QoSOverridingOptions(
     (QoSPolicyKind.HISTORY, QoSPolicyKind.DEPTH, QoSPolicyKind.RELIABILITY, QoSPolicyKind.DURABILITY)
 )
@@ -99,6 +102,24 @@ def subscribe_stream(
         topic = node.resolve_topic_name(stream.topic)
         raise VlaError(f"no subscription of {topic}: {error}; its QoS comes from the contract and from the parameters "
                        f"qos_overrides.{topic}.subscription.<policy>") from None  # fmt: skip
+
+
+def waiting(subscription: Subscription) -> Iterator[bytes]:
+    """Take the serialized messages that wait in the queue of a raw subscription, oldest first, without an executor."""
+    while True:
+        with subscription.handle:
+            taken = subscription.handle.take_message(subscription.msg_type, True)
+        if taken is None:
+            return
+        yield taken[0]
+
+
+def subscribe_transforms(node: Node, topic: str, callback: Callable[[bytes], None]) -> Subscription:
+    """Subscribe to ``/tf_static``, which is latched by each of its publishers, or to ``/tf``."""
+    static = topic == TF_STATIC_TOPIC
+    durability = DurabilityPolicy.TRANSIENT_LOCAL if static else DurabilityPolicy.VOLATILE
+    qos = QoSProfile(depth=100, reliability=ReliabilityPolicy.RELIABLE, durability=durability)
+    return node.create_subscription(message_class(TRANSFORMS), topic, callback, qos, raw=True)
 
 
 def subscribe_episodes(node: Node, callback: Callable[[Any], None]) -> Subscription:

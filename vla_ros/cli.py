@@ -6,12 +6,13 @@ import argparse
 import sys
 
 from vla_core import cli
-from vla_ros import demo_command, up
+from vla_ros import demo_command, drive_demo_command, up
 
 
 def _node_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     up.add_command(commands)
     demo_command.add_command(commands)
+    drive_demo_command.add_command(commands)
 
 
 def main() -> int:

@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import re
 import shutil
-import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from vla_core.contract import RobotContract
 from vla_core.data.bag import find_bags
@@ -29,8 +27,8 @@ from vla_core.sim.metaworld import INSTRUCTIONS, MetaWorld, instruction_for
 from vla_core.training.recipe import Recipe, load_recipe
 from vla_core.training.trainer import Progress, Result, train
 from vla_ros.graph import Scalar, load_graph
+from vla_ros.graph_runs import GraphRun, run_graphs
 from vla_ros.middleware import require_ros
-from vla_ros.up import run_graph
 
 CONTRACT = "metaworld_sawyer"
 BASELINE = "mini_vla_seed"
@@ -38,7 +36,6 @@ HELD_OUT_SEED = 20_000
 EVALUATION_SEED = 10_000
 PARITY_SEED = 30_000
 MARKER = ".vla_demo"
-EPISODE_LINE = re.compile(r"episode (\d+) of \d+: .*\((\d+) of (\d+)\)")
 
 
 class DemoError(VlaError):
@@ -183,28 +180,9 @@ class Demo:
 
     def _graph(self, title: str, name: str, *, episodes: int, **arguments: Scalar) -> None:
         """Run a graph to its end; its output goes to a log file, its episodes move the bar."""
-        log = self.out / "logs" / f"{re.sub(r'[^a-z]+', '_', title)}.log"
-        log.parent.mkdir(exist_ok=True)
-        lines: list[str] = []
-        with log.open("w", encoding="utf-8") as file, bar(title, episodes) as advance:
-
-            def write(line: str) -> None:
-                lines.append(line)
-                print(line, file=file, flush=True)
-                match = EPISODE_LINE.search(line)
-                if match:
-                    advance(int(match[1]), f"{match[2]} of {match[3]} succeeded")
-
-            given: dict[str, Any] = {"contract": CONTRACT, "episodes": episodes, **arguments}
-            stop = threading.Event()
-            status = run_graph(load_graph(name), given, write=write, stop=stop)
-        if stop.is_set():
-            raise KeyboardInterrupt
-        if status != 0:
-            errors = [line for line in lines if "error" in line.lower()] or lines[-1:]
-            raise DemoError(f"{title}: the graph ended with status {status}: {' | '.join(errors[-2:])} (log: {log})")
-        if sum(1 for line in lines if EPISODE_LINE.search(line)) != episodes:
-            raise DemoError(f"{title}: stopped before its {episodes} episodes were over (log: {log})")
+        given: dict[str, Scalar] = {"contract": CONTRACT, "episodes": episodes, **arguments}
+        run = GraphRun(graph=load_graph(name), arguments=given, episodes=episodes)
+        run_graphs(title, [run], self.out / "logs")
 
 
 def _bytes(folder: Path) -> int:

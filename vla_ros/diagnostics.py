@@ -11,7 +11,27 @@ from rclpy.publisher import Publisher
 
 TOPIC = "/diagnostics"
 PERIOD_S = 1.0
+MAX_FAULTS = 4  # named in one diagnostic message
 OK, WARN, ERROR = DiagnosticStatus.OK, DiagnosticStatus.WARN, DiagnosticStatus.ERROR
+
+
+class Faults:
+    """The last fault, and the first ones since they were taken: those name the cause, what follows are consequences."""
+
+    def __init__(self) -> None:
+        self.last = ""
+        self._first: list[str] = []
+
+    def note(self, text: str) -> None:
+        """Keep a fault."""
+        self.last = text
+        if len(self._first) < MAX_FAULTS and text not in self._first:
+            self._first.append(text)
+
+    def take(self) -> list[str]:
+        """The first ones since the last call."""
+        taken, self._first = self._first, []
+        return taken
 
 
 def publisher(node: Node) -> Publisher:

@@ -5,7 +5,12 @@ starts to act; deactivate sends the contract's safe action and stops. Subscripti
 ``~/stop`` and ``~/reset`` do so by service, and the action ``~/run_instruction`` runs one instruction for a time.
 
 ``inference: asynchronous`` is for robots: the model runs in a worker, and commands leave on the control clock from the
-chunk executor. ``synchronous`` answers every observation with one command of the same stamp, for lockstep simulation.
+chunk executor. ``synchronous`` answers every observation with one command of the same stamp, for lockstep simulation;
+of a vehicle, with one trajectory.
+
+The first message of each stream, and ``/tf_static``, are held against what the policy was trained with: a wrong frame,
+calibration, column or mount is named on /diagnostics, and the policy does not act. With ``check_sensors_s`` configure
+waits for them, and fails with everything that is wrong or missing.
 
 A plan ends at once, in the safe action, when a stream that it needs is lost or stale, when the instruction changes and
 when the clock jumps; the next observation begins a new one.
@@ -50,19 +55,23 @@ from vla_ros import diagnostics, process
 from vla_ros.bridge import (
     CHUNK_TOPIC,
     COMMAND_QOS,
+    TF_STATIC_TOPIC,
     command_publishers,
     lost_before,
     misfit,
     stream_qos,
     subscribe_episodes,
     subscribe_stream,
+    subscribe_transforms,
 )
 from vla_ros.instruction_server import InstructionServer
 from vla_ros.lifecycle import GuardedNode, run
+from vla_ros.lockstep import Ticks
 from vla_ros.msg import ActionChunk as ActionChunkMessage
 from vla_ros.msg import Episode
 from vla_ros.parameters import choice, declare, value
-from vla_ros.policy_report import RECENT, Counts, Faults, percentiles, sensor_values
+from vla_ros.policy_report import RECENT, Counts, percentiles, sensor_values
+from vla_ros.sensor_setup import SensorSetup, wait_for_sensors
 
 SYNCHRONOUS_POLL_S = 0.02
 WORKER_NICE = 10
@@ -86,11 +95,15 @@ class PolicyNode(GuardedNode):
         declare(self, "execution", [""], "key=value changes to how chunks are executed, such as strategy=rtc, steps=6; "
                                          "[''] takes the checkpoint's")  # fmt: skip
         declare(self, "safety", False, "a safety node stands between: send commands to candidate/<topic>")
+        declare(self, "check_sensors_s", 0.0, "how long configure waits for all sensors and their transforms, to fail "
+                                              "where one is missing or set up wrongly, s; 0 checks them as they come",
+                low=0.0, high=600.0)  # fmt: skip
         declare(self, "autostart", True, "configure at start")
         declare(self, "activate", True, "with autostart: act at once; false waits for ~/start or a goal")
         declare(self, "goal_fault_s", 5.0, "end a run_instruction goal when it could command nothing for so long, s",
                 low=0.1, high=3600.0)  # fmt: skip
         declare(self, "log_dir", "", "folder for latencies and model inputs at the end; empty writes none")
+        declare(self, "log_inputs", True, "log model inputs, which stay in memory until the end: not for long runs")
         self.core: PolicyCore | None = None
         self._active = False
         self._subscriptions_held: list[Any] = []
@@ -100,6 +113,8 @@ class PolicyNode(GuardedNode):
         self._worker: threading.Thread | None = None
         self._wake = threading.Event()
         self._last_tick_ns = -1
+        self._episode_ns = 0  # start of this episode
+        self._received_ns: dict[str, int] = {}  # per stream: stamp of what came last, of use or not
         self._acted = False  # whether this episode has had a chunk
         self._last_values: np.ndarray | None = None  # of the newest command since activation
         self._answered_ns = -1
@@ -108,11 +123,12 @@ class PolicyNode(GuardedNode):
         self._clocks: tuple[int, int] | None = None  # ROS and steady time of the last control tick
         self._instruction: str | None = None
         self._latency_ms: deque[float] = deque(maxlen=LATENCIES)
-        self.faults = Faults()
+        self.faults = diagnostics.Faults()
         self.counts = Counts()
         self.lost: Counter[str] = Counter()  # per stream, on the way here
         self._losses = LossCounter()
         self._input_log: InputLog | None = None
+        self._logging = False
         # A stopped simulated clock must stop neither diagnostics nor services.
         self.steady = Clock(clock_type=ClockType.STEADY_TIME)
         for name, callback in (("start", self._on_start), ("stop", self._on_stop), ("reset", self._on_reset)):
@@ -202,23 +218,35 @@ class PolicyNode(GuardedNode):
         changes = [change for entry in value(self, "execution") for change in entry.split()]
         execution = policy.checkpoint.config.execution.changed(override({}, changes))
         core = PolicyCore(policy, execution, wall_clock=not (self._synchronous or value(self, "use_sim_time")))
+        interval_ns = execution.interval_ns(core.contract.chunk_step_ns)
+        if self._synchronous and core.contract.plans and interval_ns > core.contract.step_ns:
+            raise VlaError(f"execution: a new trajectory every {interval_ns / NANOSECONDS:g} s, but in lockstep each "
+                           "observation waits for one; set parameter execution to "
+                           f"['period_s={core.contract.step_ns / NANOSECONDS:g}']")  # fmt: skip
         for action in core.contract.actions.values():
             check_action(action)
+        if value(self, "check_sensors_s"):
+            wait_for_sensors(
+                self, core.contract, policy.spec, policy.checkpoint.config.model, value(self, "check_sensors_s")
+            )
         core.warm_up()
         self.core = core
+        self.setup = SensorSetup(core.contract, policy.spec, policy.checkpoint.config.model)
         self._bounds = (core.contract.action_low, core.contract.action_high)
         self._fingerprint = fingerprint(folder)
         self._last_tick_ns, self._answered_ns, self._last_values = -1, -1, None  # nothing of an earlier policy
+        self._received_ns, self._episode_ns = {}, 0
         rates = {name: s.rate_hz for name, s in core.builder.streams.items() if s.rate_hz}
         if not rates:
             raise VlaError(f"checkpoint {folder}: it sees no stream with a rate, so nothing sets its pace")
         fastest = sorted(rates, key=lambda name: -rates[name])
         certain = [k for k, name in enumerate(fastest) if core.builder.streams[name].missing == "refuse"]
         self._paces = fastest[: certain[0] + 1] if certain else fastest  # whose stamps may be ticks
-        self._input_log = None
+        self._input_log, self._logging = None, False
         if value(self, "log_dir"):
             Path(value(self, "log_dir")).mkdir(parents=True, exist_ok=True)  # fails here, not after the run
-            self._input_log = InputLog()
+            self._input_log = InputLog() if value(self, "log_inputs") else None
+            self._logging = True
         self._command_publishers = command_publishers(self, core.contract, candidates=value(self, "safety"))
         self._chunk_publisher = self.create_publisher(ActionChunkMessage, CHUNK_TOPIC, COMMAND_QOS)
         self._diagnostics = diagnostics.publisher(self)
@@ -234,6 +262,12 @@ class PolicyNode(GuardedNode):
             self._timers_held.append(self.create_timer(SYNCHRONOUS_POLL_S, self._answer, clock=self.steady))
         for name, stream in core.builder.streams.items():  # one by one, so that a failure undoes those before it
             self._subscriptions_held.append(subscribe_stream(self, stream, self._storing(name)))
+        if self.setup.mounts:
+            self._subscriptions_held.append(subscribe_transforms(self, TF_STATIC_TOPIC, self._on_transforms))
+        if self._synchronous:
+            # After the streams: of what waits at the same time, an instruction goes before the tick that it is for.
+            self._ticks = Ticks(self, self._answer)
+            self._subscriptions_held.append(self._ticks.subscription)
         self._subscriptions_held.append(subscribe_episodes(self, self._on_episode))
         # What is there by now (torch, the model) stays: a collection that walks through it would stop the control clock
         # for a tenth of a second.
@@ -293,6 +327,9 @@ class PolicyNode(GuardedNode):
             if core is None:
                 return
             self.lost[name] += lost_before(self._losses, name, info)
+            self._received_ns[name] = self._stamp_ns(name, data)
+            for line in self.setup.message(name, data):
+                self._report_fault(line)
             try:
                 if name == core.policy.spec.instruction and self._is_overruled(data):
                     return
@@ -308,6 +345,22 @@ class PolicyNode(GuardedNode):
                 self._wake.set()
 
         return store
+
+    def _on_transforms(self, data: bytes) -> None:
+        try:
+            for line in self.setup.transforms(data):
+                self._report_fault(line)
+        except VlaError as error:
+            self._report_fault(f"{TF_STATIC_TOPIC}: {error}")
+
+    def _stamp_ns(self, name: str, data: bytes) -> int:
+        """Stamp of a message that may be damaged in all else."""
+        assert self.core is not None
+        with suppress(VlaError):
+            stamp_ns = messages.header_stamp_ns(self.core.builder.streams[name].type, data)
+            if stamp_ns is not None:
+                return stamp_ns
+        return self._now_ns()
 
     def _change_instruction(self, data: bytes) -> None:
         """What was planned for another instruction must not be executed any more, nor what is being computed.
@@ -360,6 +413,7 @@ class PolicyNode(GuardedNode):
         if self.core is None:
             return
         self.core.start_episode(start_ns)
+        self._episode_ns = start_ns
         if self._last_tick_ns != start_ns:  # else the first observation overtook this mark and is answered
             self._last_tick_ns = -1
             self._acted = False
@@ -377,17 +431,37 @@ class PolicyNode(GuardedNode):
 
     # Commands out, synchronous.
 
+    def _whole_tick_ns(self, core: PolicyCore) -> int | None:
+        """The newest tick of which everything is here that is to be expected; None while something is not."""
+        if not self._ticks.used:
+            tick_ns = self._newest_tick_ns(core)
+            return None if tick_ns is None or core.builder.due(core.buffer, tick_ns) else tick_ns
+        if self._ticks.stamp_ns is None or self._ticks.stamp_ns < self._episode_ns:
+            return None
+        for topic in self._ticks.topics():
+            for name in core.builder.by_topic.get(topic, []):
+                if core.builder.streams[name].latched:
+                    continue  # it was sent, and acknowledged, before
+                sent_ns, here_ns = self._ticks.newest_ns(topic), self._received_ns.get(name)
+                if here_ns is None or (sent_ns is not None and here_ns < sent_ns):
+                    return None
+        return self._ticks.stamp_ns
+
     def _answer(self) -> None:
         """Answer the newest observation once all of it is there."""
         core = self.core
         if core is None or not self._active or not self._is_listened_to():
             return
-        tick_ns = self._newest_tick_ns(core)
-        if tick_ns is None or tick_ns == self._last_tick_ns or core.builder.due(core.buffer, tick_ns):
+        tick_ns = self._whole_tick_ns(core)
+        if tick_ns is None or tick_ns == self._last_tick_ns:
             return
         if tick_ns < self._last_tick_ns:  # the clock was set back, by however little
             core.drop_plan()
         self._last_tick_ns = tick_ns
+        if self.setup.faults:
+            core.drop_plan()
+            self._publish_safe(tick_ns, self.setup.faults[0])
+            return
         try:
             chunk = core.infer(tick_ns) if core.executor.due(tick_ns) else None
         except Exception as error:  # whatever it is: who waits for an answer gets the safe action
@@ -410,13 +484,16 @@ class PolicyNode(GuardedNode):
         # The model yields the cores to the control clock; on Linux a thread has a nice value of its own. Where a
         # sandbox forbids it the model still computes, only less politely.
         with suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), WORKER_NICE)
+            thread = threading.get_native_id()
+            os.setpriority(os.PRIO_PROCESS, thread, max(WORKER_NICE, os.getpriority(os.PRIO_PROCESS, thread)))
         while self._active:
             self._wake.wait()
             self._wake.clear()
             tick_ns = self._newest_tick_ns(core)
             # Another stamp is a newer one, or one of a clock that was set back: both are to be acted on.
             if not self._active or tick_ns is None or tick_ns == self._last_tick_ns or not core.executor.due(tick_ns):
+                continue
+            if self.setup.faults:
                 continue
             self._last_tick_ns = tick_ns
             try:
@@ -441,7 +518,7 @@ class PolicyNode(GuardedNode):
             core.forget()
             self._report_fault("the clock jumped: what was seen and planned before is forgotten")
         command = core.command(now_ns)
-        lost = core.builder.lost(core.buffer, now_ns) if command is not None else []
+        lost = [*self.setup.faults, *core.builder.lost(core.buffer, now_ns)] if command is not None else []
         if lost:
             core.drop_plan()
             self._report_fault("; ".join(lost))
@@ -499,11 +576,13 @@ class PolicyNode(GuardedNode):
         return [p.topic_name for p in self._command_publishers.values() if not p.get_subscription_count()]
 
     def _publish_safe(self, stamp_ns: int, reason: str) -> None:
-        """The contract's safe action: zero, or the last value, per entry."""
+        """The contract's safe action: zero, or the last value, per entry; of a vehicle, a trajectory of one row."""
         assert self.core is not None
-        values = self.core.contract.safe_values(self._last_values)
+        contract = self.core.contract
+        # In a frame that moves along, nothing that was said before still holds: one row at its origin means to stop.
+        values = np.zeros(len(contract.action_names)) if contract.plans else contract.safe_values(self._last_values)
         if values is not None:
-            self._send(encode_frame(self.core.contract, stamp_ns, values, (stamp_ns, values[None])))
+            self._send(encode_frame(contract, stamp_ns, values, (stamp_ns, values[None])))
             self.counts.safe_commands += 1
         self._planned_ns = -1
         self.faults.note(reason)
@@ -538,7 +617,7 @@ class PolicyNode(GuardedNode):
         core = self.core
         if core is None:
             return
-        causes = [*self.faults.take(), *self._waiting(core), self._misfit(core)]
+        causes = [*self.faults.take(), *self.setup.faults, *self._waiting(core), self._misfit(core)]
         values = {
             "checkpoint": self._fingerprint, "active": self._active, "strategy": core.executor.execution.strategy,
             **self.counts.as_dict(), **percentiles("inference_ms", core.inference_ms),
@@ -547,7 +626,7 @@ class PolicyNode(GuardedNode):
         now_ns = self._time_of_sight(core)
         hardware = core.contract.name
         diagnostics.publish(self, self._diagnostics, [
-            diagnostics.fault_status(self, "policy", values, "; ".join(filter(None, causes)), hardware),
+            diagnostics.fault_status(self, "policy", values, "; ".join(dict.fromkeys(filter(None, causes))), hardware),
             *(diagnostics.fault_status(self, f"sensor {name}", seen, fault, hardware)
               for name, (fault, seen) in sensor_values(core, now_ns, self.lost).items()),
         ])  # fmt: skip
@@ -575,7 +654,7 @@ class PolicyNode(GuardedNode):
         return ""
 
     def _write_logs(self, core: PolicyCore) -> None:
-        if self._input_log is None:
+        if not self._logging:
             return
         folder = Path(value(self, "log_dir"))
         record = {
@@ -586,8 +665,9 @@ class PolicyNode(GuardedNode):
             "counts": self.counts.as_dict(),
         }
         (folder / "latency.json").write_text(json.dumps(record), encoding="utf-8")
-        self._input_log.save(folder / "inputs.safetensors", core.policy)
-        self._input_log = None
+        if self._input_log is not None:
+            self._input_log.save(folder / "inputs.safetensors", core.policy)
+        self._input_log, self._logging = None, False
 
     def _now_ns(self) -> int:
         return int(self.get_clock().now().nanoseconds)

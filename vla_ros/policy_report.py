@@ -1,4 +1,4 @@
-"""What the policy node counts and tells: numbers and faults, without the node."""
+"""What the policy node counts and tells: numbers and the state of its sensors, without the node."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from vla_core.evaluation import metrics
 from vla_core.runtime.core import PolicyCore
 
 RECENT = 500  # samples behind a diagnostic figure: sorting all would hold up the control clock once a second
-MAX_FAULTS = 4  # named in one diagnostic message
 
 
 @dataclass
@@ -31,25 +30,6 @@ class Counts:
     def as_dict(self) -> dict[str, int]:
         """Name to count."""
         return dataclasses.asdict(self)
-
-
-class Faults:
-    """The last fault, and the first ones since they were taken: those name the cause, what follows are consequences."""
-
-    def __init__(self) -> None:
-        self.last = ""
-        self._first: list[str] = []
-
-    def note(self, text: str) -> None:
-        """Keep a fault."""
-        self.last = text
-        if len(self._first) < MAX_FAULTS and text not in self._first:
-            self._first.append(text)
-
-    def take(self) -> list[str]:
-        """The first ones since the last call."""
-        taken, self._first = self._first, []
-        return taken
 
 
 def percentiles(name: str, samples: Sequence[float]) -> dict[str, float | None]:

@@ -2,8 +2,9 @@
 
 Episodes are marked by ``vla_ros/msg/Episode`` on ``episode``, or by the services ``~/start``, ``~/stop`` and
 ``~/discard``. Whatever carries a stamp belongs to the episode that the stamp lies in, however late it arrives; a
-latched value is written at the start of every bag. A bag gets its ``metadata.yaml`` when it is closed: a folder
-without one was cut short.
+latched value is written at the start of every bag. In lockstep an instruction that changes on the way is written with
+the stamp of the tick that lists it: the clock stands still while it is said. A bag gets its ``metadata.yaml`` when it
+is closed: a folder without one was cut short.
 
 Callbacks only queue bytes; a thread writes them. ``max_memory_mb`` bounds what waits: half of it in this node, half in
 the middleware's queues, whose depths follow from it. What was lost all the same, here or on the way, is counted by
@@ -20,53 +21,44 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import TimeoutError
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rclpy.clock import Clock
 from rclpy.clock_type import ClockType
 from rclpy.node import Node
-from rclpy.qos import QoSProfile, ReliabilityPolicy
 from rclpy.serialization import deserialize_message, serialize_message
 from rclpy.subscription import MessageInfo, Subscription
 from rclpy.time import Time
 from std_msgs.msg import String
 from std_srvs.srv import Trigger
 
-from vla_core.contract import NANOSECONDS, RobotContract, Stream
+from vla_core.contract import NANOSECONDS, RobotContract
 from vla_core.data.bag import CONTRACT_KEY
 from vla_core.data.episodes import EPISODE_STATES, EPISODE_TOPIC, EPISODE_TYPE
-from vla_core.data.recording import Arrival, ByteBudget, EarlyArrivals, LossCounter, Recording, RecordingThread
+from vla_core.data.recording import (
+    Arrival,
+    ByteBudget,
+    EarlyArrivals,
+    LossCounter,
+    Recording,
+    RecordingThread,
+    UntickedWords,
+)
 from vla_core.errors import VlaError
 from vla_core.observation.messages import header_stamp_ns, known_type
 from vla_ros import diagnostics, process
-from vla_ros.bridge import CHUNK_TOPIC, EPISODE_QOS, lost_before, message_class, stream_qos
-from vla_ros.msg import Episode
+from vla_ros.bridge import EPISODE_QOS, lost_before, message_class
+from vla_ros.feeds import Feed, chosen_feeds, is_static
+from vla_ros.lockstep import Ticks
+from vla_ros.msg import Episode, Tick
 from vla_ros.parameters import declare, value
-from vla_ros.queues import MEGABYTE, queue_depths
+from vla_ros.queues import MEGABYTE, SMALL_DEPTH, queue_depths
 
-CHUNK_TYPE = "vla_ros/msg/ActionChunk"
 EARLY_NS = 5 * NANOSECONDS  # how late the mark of an episode may come after its first message
 CLOSE_WAIT_S = 5.0  # how long a service waits for the disk before it answers
 OTHER_CLOCK_NS = 10 * NANOSECONDS  # stamps further than this from the node's clock are of another clock
 CHECK_PERIOD_S = 1.0
-
-
-@dataclass(frozen=True)
-class Feed:
-    """A topic to record."""
-
-    topic: str
-    type: str
-    latched: bool
-    stream: Stream | None = None
-
-    def qos(self, depth: int) -> QoSProfile:
-        """The contract's for an observation; commands and chunks are reliable."""
-        if self.stream is not None:
-            return stream_qos(self.stream, depth)
-        return QoSProfile(depth=depth, reliability=ReliabilityPolicy.RELIABLE)
 
 
 class RecorderNode(Node):
@@ -77,6 +69,8 @@ class RecorderNode(Node):
         declare(self, "contract", "", "the robot's contract: a name in config/robots, or a file")
         declare(self, "output", "", "folder for the bags, one folder an episode; must not hold bags yet")
         declare(self, "streams", [""], "observations of the contract to record; [''] records all")
+        declare(self, "also", [""], "other topics to record as topic=type, such as /tf_static=tf2_msgs/msg/TFMessage, "
+                                    "several separated by spaces")  # fmt: skip
         declare(self, "min_free_mb", 500, "free disk, MB, below which nothing is recorded", low=0, high=10**9)
         declare(self, "max_memory_mb", 512, "what may wait to be written, MB: here and in the middleware", low=1,
                 high=10**6)  # fmt: skip
@@ -84,7 +78,8 @@ class RecorderNode(Node):
         self._start_ns = 0
         self._end_ns: int | None = None
         self._next_index = 0
-        self._latched: dict[str, bytes] = {}
+        self._latched: dict[tuple[str, bytes], bytes] = {}  # newest by topic, of transforms by publisher too
+        self._words = UntickedWords()
         self._in_hand: tuple[str, bytes, MessageInfo] | None = None
         self._refused = ""  # why the last episode was not recorded
         self._clock_gap_ns = 0  # between the newest message's stamp and the node's clock
@@ -99,7 +94,7 @@ class RecorderNode(Node):
         self._output = Path(value(self, "output") or "bags")
         if self._output.exists() and any(self._output.iterdir()):
             raise VlaError(f"{self._output} is not empty; recordings never overwrite, choose another output")
-        feeds = self._chosen_feeds()
+        feeds = chosen_feeds(self.contract, value(self, "streams"), value(self, "also"))
         for feed in feeds:
             known_type(feed.type)  # also loads the definitions, which would hold up the first messages for a second
         share = value(self, "max_memory_mb") * MEGABYTE // 2
@@ -119,6 +114,8 @@ class RecorderNode(Node):
             self._subscribe(feed, depth)
         for name, callback in (("start", self._on_start), ("stop", self._on_stop), ("discard", self._on_discard)):
             self.create_service(Trigger, f"~/{name}", callback)
+        # After the feeds: of what waits at the same time, an instruction goes before the tick that lists it.
+        self._ticks = Ticks(self, self._on_tick, SMALL_DEPTH)
         self._diagnostics = diagnostics.publisher(self)
         steady = Clock(clock_type=ClockType.STEADY_TIME)  # a stopped simulated clock must not stop the checks
         self.create_timer(CHECK_PERIOD_S, self._check, clock=steady)
@@ -169,19 +166,10 @@ class RecorderNode(Node):
         """A mark of this node's own, with the instruction that was heard last."""
         mark = Episode(state=state, index=self._next_index, seed=-1)
         mark.header.stamp = self.get_clock().now().to_msg()
-        for topic, latest in self._latched.items():
+        for (topic, _), latest in self._latched.items():
             if self._topics[topic][0] == "std_msgs/msg/String":
                 mark.instruction = deserialize_message(latest, String).data
         return bytes(serialize_message(mark))
-
-    def _chosen_feeds(self) -> list[Feed]:
-        """The chosen observations, all commands, and the policy's chunks; a topic of several streams once."""
-        chosen = [name for name in value(self, "streams") if name]
-        streams = [self.contract.stream(name) for name in chosen or self.contract.observations]
-        feeds = [Feed(stream.topic, stream.type, stream.latched, stream) for stream in streams]
-        feeds += [Feed(action.topic, action.type, False) for action in self.contract.actions.values()]
-        feeds.append(Feed(CHUNK_TOPIC, CHUNK_TYPE, False))
-        return list({feed.topic: feed for feed in reversed(feeds)}.values())[::-1]
 
     def _subscribe(self, feed: Feed, depth: int) -> None:
         def store(data: bytes, info: MessageInfo) -> None:
@@ -203,9 +191,7 @@ class RecorderNode(Node):
         lost = lost_before(self._losses, topic, info)
         self._dropped[topic] += lost
         if latched:
-            self._latched[topic] = data
-            if self._recording is not None:
-                self._write(Arrival(topic, receive_ns, receive_ns, data, lost), always=True)
+            self._store_latched(Arrival(topic, receive_ns, receive_ns, data, lost), info)
             return True
         stamp = header_stamp_ns(type_name, data)
         if stamp is not None:
@@ -220,6 +206,27 @@ class RecorderNode(Node):
             self._recording.dropped[topic] += 1
             self._dropped[topic] += 1
         return not ended
+
+    def _store_latched(self, arrival: Arrival, info: MessageInfo) -> None:
+        topic = arrival.topic
+        static = is_static(topic)
+        key = topic, bytes((info["publisher_gid"] or {}).get("data", b"")) if static else b""
+        self._latched.pop(key, None)  # the newest goes last
+        self._latched[key] = arrival.data
+        if self._recording is None:
+            return
+        if not static and self._ticks.used:
+            self._words.hear(arrival)
+        else:
+            self._write(arrival, always=True)
+
+    def _on_tick(self) -> None:
+        """Lockstep: write what was said for this tick with its stamp, however long before it was heard."""
+        tick_ns = self._ticks.stamp_ns
+        if self._recording is None or tick_ns is None or (self._end_ns is not None and tick_ns > self._end_ns):
+            return
+        for arrival in self._words.tick(tick_ns, self._ticks.topics()):
+            self._write(arrival, always=True)
 
     def _write(self, arrival: Arrival, always: bool = False) -> None:
         assert self._recording is not None
@@ -285,7 +292,9 @@ class RecorderNode(Node):
         self._recording = self._thread.open(path, metadata, self._topics)
         self._next_index += 1
         self._start_ns, self._end_ns = stamp_ns, None
-        for topic, latest in ((EPISODE_TOPIC, data), *self._latched.items()):
+        self._words = UntickedWords()
+        self._write(Arrival(EPISODE_TOPIC, stamp_ns, stamp_ns, data), always=True)
+        for (topic, _), latest in self._latched.items():
             self._write(Arrival(topic, stamp_ns, stamp_ns, latest), always=True)
         arrivals, missing = self._early.take(stamp_ns)
         self._recording.dropped += missing
@@ -295,11 +304,26 @@ class RecorderNode(Node):
 
     def _drain(self) -> None:
         """Take what lies in the middleware's queues, of each topic up to the first message after the episode's end."""
+        heard = self._words.waiting()
         self._store_in_hand()
         for topic, feed in self._feeds.items():
             for data, info in _waiting(feed):
                 if not self._store(topic, data, info):
                     break
+        if self._ticks.used:
+            self._drain_words(heard)
+
+    def _drain_words(self, heard: list[Arrival]) -> None:
+        """Take the words that wait in the queues, as far as a tick of this episode lists them, and those ``heard``."""
+        for topic, feed in self._latched_feeds.items():
+            for data, info in _waiting(feed):
+                self._store(topic, data, info)
+        for tick, _ in _waiting(self._ticks.subscription):
+            self._ticks.take(deserialize_message(tick, Tick))
+        for arrival in self._words.waiting():
+            if arrival in heard:  # others are the first words of the next episode
+                self._write(arrival, always=True)
+        self._words = UntickedWords()
 
     def _close(self, outcome: str) -> None:
         assert self._recording is not None

@@ -6,6 +6,8 @@ import dataclasses
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from vla_core.config import ConfigError
 from vla_core.contract import RobotContract, Stream
@@ -157,3 +159,53 @@ def test_the_buffer_reaches_as_far_back_as_the_oldest_allowed_sample(age: float)
     end = START + limit
     buffer = filled(builder, camera(START, 1), camera(end + 1, 2), arm(end, 0))
     assert builder.build(buffer, end).ages_ns["camera"] == limit
+
+
+# --- any_of ---------------------------------------------------------------------------------------------------------
+
+EYES = ("camera", "arm", "grip")
+
+
+def seeing(any_of: tuple[str, ...], sees: tuple[str, ...]) -> ObservationBuilder:
+    """A robot whose streams may each be masked but for one of ``any_of``, and a policy that sees ``sees``."""
+    grip = Stream(topic="grip", type=JOINTS, rate_hz=100.0, max_age_s=0.05, field="effort", names=("g",), units=("N",))
+    streams = {name: dataclasses.replace(stream, missing="refuse" if stream.latched else "mask")
+               for name, stream in {**CONTRACT.observations, "grip": grip}.items()}  # fmt: skip
+    contract = dataclasses.replace(CONTRACT, observations=streams, any_of=any_of)
+    images = {"camera": SPEC.images["camera"]} if "camera" in sees else {}
+    state = tuple(name for name in ("arm", "grip") if name in sees)
+    return ObservationBuilder(contract, ObservationSpec(images=images, state=state, instruction="task"))
+
+
+@given(
+    st.lists(st.sampled_from(EYES), unique=True), st.lists(st.sampled_from(EYES), unique=True),
+    st.dictionaries(st.sampled_from(EYES), st.integers(0, 200)), st.integers(100, 200),
+)  # fmt: skip
+def test_one_of_those_that_must_see_is_enough(
+    any_of: list[str], sees: list[str], came: dict[str, int], now: int
+) -> None:
+    """Against the rule in words: of the streams that are named and seen one is young enough, or there are none."""
+    builder = seeing(tuple(any_of), tuple(sees))
+    buffer = builder.make_buffer()
+    buffer.add("task", START, task(START, "go").data)
+    limits = {"camera": 100, "arm": 50, "grip": 50}
+    for name, at in came.items():
+        if name in sees:
+            stamp_ns = START + at * MS
+            data = joint_state(stamp_ns, ("g",), "effort", np.array([9.0]))
+            message = {"camera": camera(stamp_ns, 1).data, "arm": arm(stamp_ns, 1.0).data, "grip": data}[name]
+            buffer.add(name, stamp_ns, message)
+    there = {name for name in sees if name in came and 0 <= now - came[name] <= limits[name]}
+    needed = set(any_of) & set(sees)
+    at_ns = START + now * MS
+    if needed and not needed & there:
+        with pytest.raises(Unobserved) as caught:
+            builder.build(buffer, at_ns)
+        (line,) = caught.value.reasons
+        assert line.startswith("any_of: at least one must be there of ")
+        assert all(f"{name} ({builder.streams[name].topic}): " in line for name in needed)
+        assert builder.absent(buffer, at_ns) == [line] and len(builder.lost(buffer, at_ns)) == 1
+    else:
+        seen = builder.build(buffer, at_ns)
+        assert {name for name in sees if seen.present[name]} == there
+        assert builder.absent(buffer, at_ns) == builder.lost(buffer, at_ns) == []

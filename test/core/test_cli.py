@@ -94,7 +94,7 @@ def test_the_loop_of_a_user(made: Path, capsys: pytest.CaptureFixture[str]) -> N
 
 def test_recipes(made: Path, fails: Fails) -> None:
     common = ("--dataset", "set", "--out", "new")
-    assert "'maxi'; choices: driving, mini_vla, " in fails("train", "maxi", *common)
+    assert "'maxi'; choices: drive, driving, mini_vla, " in fails("train", "maxi", *common)
     line = fails("train", "mini_vla", "training.stepz=3", *common)
     assert "training.stepz: unknown key; choices: accumulate, " in line
     assert "model.head.type: found 'x'" in fails("train", "mini_vla", "model.head.type=x", *common)
@@ -145,7 +145,7 @@ def test_bags(made: Path, fails: Fails) -> None:
     assert "no bag here" in fails("convert", "policy", *out)
     assert "image" in fails("convert", "bags", "--out", "new"), "the default recipe sees what the toy robot lacks"
     assert "set exists already" in fails("convert", "bags", "--out", "set", "--recipe", "toy.yaml")
-    assert "'nobody'; choices: arm, diff_drive, libero, metaworld_sawyer" in fails(
+    assert "'nobody'; choices: arm, carla, diff_drive, driving, " in fails(
         "convert", "bags", *out, "--contract", "nobody"
     )
     assert "the contracts disagree" in fails("convert", "bags", *out, "--contract", "metaworld_sawyer")

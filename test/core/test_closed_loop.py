@@ -344,7 +344,7 @@ def test_words_take_turns_over_the_seeds(place: Path, capsys: pytest.CaptureFixt
         Assignment(world="push-v3", instructions=("push the puck to the goal",), max_steps=7),
     )
     assert main(["evaluate", "one", "--suite", "mt11"]) == 1
-    assert "unknown suite 'mt11'; choices: libero_10" in capsys.readouterr().err
+    assert "unknown suite 'mt11'; choices: driving, libero_10" in capsys.readouterr().err
     assert main(["evaluate", "one", *COMMON, "--instructions", "unseen"]) == 1
     assert "toy:lift has no paraphrases" in capsys.readouterr().err
     assert main(["evaluate", "one", *COMMON, "--camera-size", "8"]) == 1

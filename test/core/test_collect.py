@@ -26,8 +26,9 @@ from vla_core.observation.image import resize
 from vla_core.observation.messages import deserialize
 from vla_core.observation.normalizer import Normalization, Normalizer
 from vla_core.sim.base import IMAGES, SimulationError
-from vla_core.sim.collect import EXECUTED, Collected, Collection, Driver, Noise, collect, without_images
+from vla_core.sim.collect import EXECUTED, Collected, Collection, Driver, collect, without_images
 from vla_core.sim.metaworld import MetaWorld, instruction_for
+from vla_core.sim.noise import Noise
 
 from .replayed import read_episode
 
@@ -144,15 +145,6 @@ def test_noise_is_executed_and_the_label_is_the_experts(tmp_path: Path) -> None:
     assert (lengths[:-1] >= noise.steps[0]).all(), "bursts, the last of which the episode's end may cut"
 
 
-def test_the_share_of_disturbed_ticks_is_that_asked_for() -> None:
-    from vla_core.sim.collect import _Disturbance
-
-    noise = Noise(scale=1.0, share=0.3, steps=(4, 12))
-    disturbance = _Disturbance(noise, (-1.0,), (1.0,), np.random.default_rng(0))
-    disturbed = [bool(disturbance.on(np.zeros(1))[0]) for _ in range(20_000)]
-    assert np.mean(disturbed) == pytest.approx(0.3, abs=0.03)
-
-
 def still_policy(path: Path, contract: RobotContract) -> Path:
     """A checkpoint that sees the hand and always commands the middle of the range: it stands still."""
     config = MiniVLAConfig(cameras=(), state_dim=4, action_dim=4, horizon=4, vocab_size=2, head=MLPHeadConfig())
@@ -235,7 +227,8 @@ def test_what_goes_wrong_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monk
         (lambda: Noise(steps=(5, 4)), "noise.steps: expected 1 <= shortest <= longest"),
         (lambda: Driver(checkpoint="x", beta=1.5), "beta: expected 0 to 1, found 1.5"),
         (lambda: Driver(checkpoint="x", segment_steps=0), "segment_steps: expected at least 1"),
-        (lambda: Collection(max_steps=501), "end after 500, found 501"),
+        (lambda: collect(Path("never"), Collection(max_steps=501), SAWYER), "push-v3 ends after 500, found 501"),
+        (lambda: Collection(max_steps=0), "max_steps: expected at least 1, found 0"),
         (lambda: Collection(tasks=("push-v3", "push-v3")), "expected distinct tasks"),
         (lambda: Collection(episodes=0), "episodes: expected at least 1, found 0"),
     ],
@@ -254,6 +247,6 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert cli.main(arguments) == 1
     assert "exists already" in capsys.readouterr().err
     assert cli.main([*arguments[:-2], str(tmp_path / "other"), "--noise", "size=1"]) == 1
-    assert "noise.size: unknown key; choices: scale, share, steps" in capsys.readouterr().err
+    assert "noise.size: unknown key; choices: entries, episodes, scale, share, steps" in capsys.readouterr().err
     assert cli.main([*arguments, "--beta", "0.5"]) == 1
     assert "--beta: belongs to --policy" in capsys.readouterr().err

@@ -172,29 +172,43 @@ ACKERMANN = {
 }
 
 
-def test_ackermann_is_spoken_where_it_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    one = action("ackermann_msgs/msg/AckermannDriveStamped", ("speed", "steering_angle"), frame_id="base")
-    folder = tmp_path / "share/ackermann_msgs/msg"
-    folder.mkdir(parents=True)
+@pytest.mark.parametrize("kind", ACKERMANN)
+def test_ackermann_is_spoken_without_being_installed(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against the definition of its package, repeated here."""
+    monkeypatch.delenv("AMENT_PREFIX_PATH", raising=False)
+    one = action(f"ackermann_msgs/msg/{kind}", ("speed", "steering_angle"), frame_id="base")
+    check_action(one)
     store = get_typestore(Stores.ROS2_KILTED)
     for name, text in ACKERMANN.items():
-        (folder / f"{name}.msg").write_text(text)
         store.register(get_types_from_msg(text, f"ackermann_msgs/msg/{name}"))
-    fresh = messages.typestore.__wrapped__()  # what is learned here must not reach other tests
-    monkeypatch.setattr(messages, "typestore", lambda: fresh)
-    monkeypatch.setattr("vla_core.commands.typestore", messages.typestore)
-    monkeypatch.setenv("AMENT_PREFIX_PATH", str(tmp_path / "nothing"))
-    with pytest.raises(MessageError, match="install the package 'ackermann_msgs'"):
-        check_action(one)
-    monkeypatch.setenv("AMENT_PREFIX_PATH", str(tmp_path))
+        ours = messages.typestore().generate_msgdef(f"ackermann_msgs/msg/{name}", ros_version=2)
+        assert ours == store.generate_msgdef(f"ackermann_msgs/msg/{name}", ros_version=2)
     data = encode(one, START, np.array([[0.5, -0.25]]), STEP_NS)
     read: Any = store.deserialize_cdr(data, one.type)
-    assert (read.drive.speed, read.drive.steering_angle, read.drive.jerk) == (0.5, -0.25, 0.0)
-    assert read.header.frame_id == "base" and decode(one, data).tolist() == [[0.5, -0.25]]
+    drive = getattr(read, "drive", read)
+    assert (drive.speed, drive.steering_angle, drive.jerk) == (0.5, -0.25, 0.0)
+    assert decode(one, data).tolist() == [[0.5, -0.25]]
+    if drive is not read:
+        assert (read.header.frame_id, header_stamp_ns(one.type, data)) == ("base", START)
     with pytest.raises(MessageError, match=r"command: command dropped: .*too large"):
         encode(one, START, np.array([[1e300, 0.0]]), STEP_NS)
 
 
+def test_a_type_is_spoken_where_it_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "share/wheel_msgs/msg").mkdir(parents=True)
+    for name, text in (("Wheel", "float64 torque\n"), ("Wheels", "std_msgs/Header header\nWheel left\n")):
+        (tmp_path / f"share/wheel_msgs/msg/{name}.msg").write_text(text)
+    fresh = messages.typestore.__wrapped__()  # what is learned here must not reach other tests
+    monkeypatch.setattr(messages, "typestore", lambda: fresh)
+    monkeypatch.setenv("AMENT_PREFIX_PATH", str(tmp_path / "nothing"))
+    with pytest.raises(MessageError, match="install the package 'wheel_msgs'"):
+        messages.known_type("wheel_msgs/msg/Wheels")
+    monkeypatch.setenv("AMENT_PREFIX_PATH", str(tmp_path))
+    messages.known_type("wheel_msgs/msg/Wheels")
+    assert messages.has_header.__wrapped__("wheel_msgs/msg/Wheels")
+    assert [name for name, _ in fresh.fielddefs["wheel_msgs/msg/Wheels"][1]] == ["header", "left"]
+
+
 def test_every_codec_is_tested_here() -> None:
-    tested = {one.type for one in (*STEPS, *CHUNKS)} | {"ackermann_msgs/msg/AckermannDriveStamped"}
+    tested = {one.type for one in (*STEPS, *CHUNKS)} | {f"ackermann_msgs/msg/{kind}" for kind in ACKERMANN}
     assert set(CODECS) == tested

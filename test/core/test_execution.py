@@ -60,6 +60,8 @@ def figures(width: int = 2, limit: float = 1000.0) -> ExecutionMetrics:
         ({"spread": 0}, "spread: expected a positive number, found 0"),
         ({"ensemble_decay": math.nan}, "ensemble_decay: expected a number from 0 on"),
         ({"beta": 5.0}, "beta: unknown key"),
+        ({"period_s": 0}, "period_s: expected null or a positive time, found 0"),
+        ({"period_s": math.inf}, "period_s: expected null or a positive time, found inf"),
     ],
 )
 def test_impossible_executions(data: dict[str, Any], message: str) -> None:
@@ -74,6 +76,42 @@ def test_plain_data_and_back() -> None:
     changed = Execution(steps=3).changed({"strategy": "rtc", "max_guidance": 2})
     assert changed == Execution(strategy="rtc", steps=3, max_guidance=2.0)
     assert from_dict(Execution, to_dict(changed)) == changed
+
+
+@given(
+    period=st.integers(1, 100), rows=st.integers(1, 6),
+    arrivals=st.lists(st.tuples(st.integers(0, 40), st.integers(0, 30)), max_size=6), at=st.integers(-20, 120),
+)  # fmt: skip
+def test_a_period_says_when_the_next_inference_is_due(
+    period: int, rows: int, arrivals: list[tuple[int, int]], at: int
+) -> None:
+    """Whatever the rows' distance: that long after the newest observation, or when its rows end before that."""
+    target = ChunkExecutor(Execution(period_s=period / 1e9, steps=3))
+    stamp, newest = 0, None
+    for gap, delay in arrivals:
+        stamp += gap
+        target.push(chunk(stamp, rows), stamp + delay)
+        newest = stamp, stamp + delay
+    if newest is None:
+        assert target.due(at)
+        return
+    taken, from_ns = newest
+    on_its_way = taken <= at < from_ns
+    runs = taken <= at < taken + min(period, rows * STEP_NS)
+    assert target.due(at) == (not on_its_way and not runs)
+
+
+def test_vehicles_plan_at_every_tick_though_their_rows_are_further_apart() -> None:
+    """5 Hz and rows of 0.5 s: with a period every tick infers, without one every second row of steps."""
+    row_ns, tick_ns = 500_000_000, 200_000_000
+    for execution, expected in ((Execution(period_s=0.2), 10), (Execution(period_s=0.4), 5), (Execution(steps=2), 2)):
+        target, inferred = ChunkExecutor(execution), 0
+        for tick in range(10):
+            if target.due(tick * tick_ns):
+                inferred += 1
+                target.push(ActionChunk(tick * tick_ns, row_ns, np.zeros((7, 4))))
+        assert inferred == expected
+        assert execution.interval_ns(row_ns) == (execution.period_ns or 2 * row_ns)
 
 
 @pytest.mark.parametrize("head", [MLPHeadConfig(), SEED_SAMPLER], ids=lambda head: head.type)

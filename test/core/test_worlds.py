@@ -43,7 +43,7 @@ def test_names() -> None:
     for name, message in {
         "metaworld:fly-v3": "unknown task 'fly-v3'; choices: .*push-v3",
         "fly-v3": "unknown task 'fly-v3'; choices: .*push-v3",
-        "moon:1": "unknown simulator 'moon' in 'moon:1'; choices: libero_10, .*metaworld, pusht",
+        "moon:1": "unknown simulator 'moon' in 'moon:1'; choices: driving, libero_10, .*metaworld, pusht",
         "pusht:2": "pusht has one task, which needs no name; found '2'",
     }.items():
         with pytest.raises(SimulationError, match=message):
@@ -54,6 +54,8 @@ def test_names() -> None:
         make_world("pusht", view=View(camera="top"))
     with pytest.raises(ConfigError, match="size: expected at least 16 pixels, found 8"):
         View(size=8)
+    with pytest.raises(SimulationError, match="pusht: it does not say its instruction itself, so none can be swapped"):
+        make_world("pusht", view=View(swapped=True))
 
 
 def test_a_plug_in_brings_a_simulator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from ackermann_msgs.msg import AckermannDrive, AckermannDriveStamped
 from builtin_interfaces.msg import Duration, Time
 from geometry_msgs.msg import Point, Pose, PoseStamped, Quaternion, Twist, TwistStamped, Vector3
 from nav_msgs.msg import Path
@@ -48,6 +49,8 @@ CASES = [
     (action("geometry_msgs/msg/Twist", "linear.x", "angular.z"), [[0.5, -0.25]], TWIST),
     (action("geometry_msgs/msg/TwistStamped", "linear.x", "angular.z"), [[0.5, -0.25]],
      TwistStamped(header=header(), twist=TWIST)),
+    (action("ackermann_msgs/msg/AckermannDriveStamped", "steering_angle", "speed"), [[-0.25, 3.5]],
+     AckermannDriveStamped(header=header(), drive=AckermannDrive(steering_angle=-0.25, speed=3.5))),
     (action("trajectory_msgs/msg/JointTrajectory", "a", "bc", field="position", publish="chunk"),
      [[0.5, -0.25], [1.0, 2.0]],
      JointTrajectory(header=header(), joint_names=["a", "bc"], points=[

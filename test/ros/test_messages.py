@@ -7,9 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 from builtin_interfaces.msg import Time
+from geometry_msgs.msg import Quaternion, Transform, TransformStamped, Vector3
 from rclpy.serialization import deserialize_message, serialize_message
 from sensor_msgs.msg import CompressedImage, Image, JointState
 from std_msgs.msg import Header, String
+from tf2_msgs.msg import TFMessage
 from vla_ros.msg import ActionChunk, Episode
 
 from vla_core.commands import encode_frame
@@ -56,6 +58,16 @@ def test_own_messages_are_read_without_ros() -> None:
     mark = Episode(header=HEADER, state=Episode.FAILED, index=3, seed=-1, task="t", instruction="i", steps=9)
     read = messages.deserialize("vla_ros/msg/Episode", serialize_message(mark))
     assert (read.state, read.index, read.seed, read.task, read.instruction, read.steps) == (2, 3, -1, "t", "i", 9)
+
+
+def test_transforms_are_read_without_ros() -> None:
+    moved = Transform(translation=Vector3(x=1.5, z=2.0), rotation=Quaternion(z=0.6, w=0.8))
+    theirs = TFMessage(transforms=[TransformStamped(header=HEADER, child_frame_id="lidar", transform=moved)])
+    (read,) = messages.deserialize("tf2_msgs/msg/TFMessage", serialize_message(theirs)).transforms
+    assert (read.header.frame_id, read.child_frame_id) == ("base", "lidar")
+    assert (read.transform.translation.x, read.transform.rotation.z) == (1.5, 0.6)
+    again = messages.serialize("tf2_msgs/msg/TFMessage", messages.typestore().types["tf2_msgs/msg/TFMessage"]([read]))
+    assert same(again, theirs)
 
 
 def test_commands_are_read_by_rclpy(contract) -> None:  # type: ignore[no-untyped-def]

@@ -17,7 +17,9 @@ import numpy as np
 import pytest
 
 from vla_core import resources
-from vla_ros.wheels import BuildError, build_messages, name_this_python
+from vla_core.observation.definitions import DEFINITIONS
+from vla_ros import wheels
+from vla_ros.wheels import BuildError, build_messages, lacking, name_this_python, write_package
 
 ROOT = Path(__file__).parents[2]
 INSTALLED = metadata("vla_ros")
@@ -130,3 +132,57 @@ def test_a_failed_build_shows_the_end_of_its_log(tmp_path: Path) -> None:
     (source / "CMakeLists.txt").write_text('message(FATAL_ERROR "no such luck")\n', encoding="utf-8")
     with pytest.raises(BuildError, match=r"(?s)building the messages failed; .*no such luck"):
         build_messages(source, tmp_path / "prefix", tmp_path / "build")
+
+
+def test_no_message_is_lacking_here() -> None:
+    assert lacking() == []
+
+
+def test_a_package_without_its_compiled_half_is_lacking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As an interrupted build leaves it."""
+    monkeypatch.setitem(wheels.DEFINITIONS, "half_made_msgs", {"Wheel": "float32 torque\n"})
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert lacking() == ["half_made_msgs"]
+    (tmp_path / "half_made_msgs").mkdir()
+    (tmp_path / "half_made_msgs" / "__init__.py").touch()
+    (tmp_path / "half_made_msgs" / "msg.py").write_text(
+        "class Meta(type):\n    _TYPE_SUPPORT = None\n    @classmethod\n"
+        "    def __import_type_support__(cls): pass\n"
+        "class Wheel(metaclass=Meta): pass\n", encoding="utf-8",
+    )  # fmt: skip
+    assert lacking() == ["half_made_msgs"]
+
+
+@pytest.mark.parametrize(("name", "depends"), [("ackermann_msgs", "std_msgs"), ("tf2_msgs", "geometry_msgs")])
+def test_the_packages_that_are_built_are_whole(tmp_path: Path, name: str, depends: str) -> None:
+    write_package(name, tmp_path)
+    package = ElementTree.parse(tmp_path / "package.xml").getroot()
+    assert package.findtext("name") == name and package.findtext("depend") == depends
+    assert package.findtext("member_of_group") == "rosidl_interface_packages"
+    cmake = (tmp_path / "CMakeLists.txt").read_text(encoding="utf-8")
+    assert f"project({name})" in cmake and f"find_package({depends} REQUIRED)" in cmake
+    built = set(re.findall(r'"msg/(\w+)\.msg"', cmake))
+    assert built == {path.stem for path in (tmp_path / "msg").iterdir()} == set(DEFINITIONS[name])
+
+
+def test_an_installation_brings_what_is_not_built_here() -> None:
+    package = ElementTree.parse(ROOT / "package.xml").getroot()
+    needed = {entry.text for kind in ("depend", "exec_depend") for entry in package.findall(kind)}
+    assert set(DEFINITIONS) <= needed
+
+
+def test_a_build_makes_what_is_lacking_and_then_the_messages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    built: list[tuple[str, str]] = []
+
+    def note(source: Path, prefix: Path, build: Path) -> None:
+        assert prefix == tmp_path and (source / "CMakeLists.txt").is_file() and (source / "package.xml").is_file()
+        built.append((source.name, build.name))
+
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    monkeypatch.setattr(wheels, "build_messages", note)
+    monkeypatch.setattr(wheels, "lacking", lambda: ["tf2_msgs"])
+    assert wheels.main() == 0
+    assert built == [("tf2_msgs-source", "tf2_msgs"), (ROOT.name, "vla_ros")]
+    assert capsys.readouterr().out.splitlines()[-1] == f"the messages of vla_ros, tf2_msgs are in {tmp_path}"

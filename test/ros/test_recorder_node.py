@@ -131,7 +131,7 @@ def call(ros: Ros, node: Any, name: str) -> Any:
 def test_services_start_stop_and_discard(ros: Ros, contract: RobotContract, tmp_path: Path) -> None:
     recorder = make_recorder(ros, tmp_path / "bags", streams=["hand", "instruction"])
     source = Source(ros, contract)
-    ros.spin_until(lambda: "instruction" in recorder._latched, "the instruction")
+    ros.spin_until(lambda: any(topic == "instruction" for topic, _ in recorder._latched), "the instruction")
     assert not call(ros, source.node, "stop").success, "there is nothing to stop"
     for keep in (False, True):
         assert call(ros, source.node, "start").success

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vla_core.data.dataset import Dataset
 from vla_core.data.windows import ChunkWindows
-from vla_core.model.inputs import ModelInputs
+from vla_core.model.inputs import ModelInputs, Remembers
 from vla_core.observation.batch import Tokenizer, collate, make_inputs
 from vla_core.observation.normalizer import Normalizer
 
@@ -43,9 +43,13 @@ class Batch(NamedTuple):
 class Batches:
     """The windows of one dataset, drawn by their number: 0 to ``len(batches)`` - 1."""
 
-    def __init__(self, dataset: Dataset, horizon: int, normalizer: Normalizer, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self, dataset: Dataset, horizon: int, normalizer: Normalizer, tokenizer: Tokenizer,
+        remembers: Remembers = "everything",
+    ) -> None:  # fmt: skip
+        """``remembers`` is what the model reads of past ticks."""
         self.dataset, self.horizon = dataset, horizon
-        self.normalizer, self.tokenizer = normalizer, tokenizer
+        self.normalizer, self.tokenizer, self.remembers = normalizer, tokenizer, remembers
         self._windows = ChunkWindows(dataset, horizon)
         self.lengths: tuple[int, ...] = (len(dataset.window_rows),)
         self.weights: tuple[float, ...] | None = None
@@ -70,7 +74,7 @@ class Batches:
         data = self.dataset
         if data.observations is not None:
             seen = [data.observations[int(row)] for row in rows]
-            return collate(seen, self.normalizer, self.tokenizer, data.spec, floats)
+            return collate(seen, self.normalizer, self.tokenizer, data.spec, floats, self.remembers)
         masks = {name: there[rows] for name, there in data.present.items()}
         spoken = masks.get(data.spec.instruction or "")
         texts = [data.instruction(row) for row in rows]

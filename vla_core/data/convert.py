@@ -27,6 +27,7 @@ from vla_core.data.folder import ACTION, FORMAT, IMAGES, STATE
 from vla_core.data.lerobot.layout import V30, VERSIONS, Feature, image, vector
 from vla_core.data.lerobot.video import VideoOptions
 from vla_core.data.lerobot.writer import LeRobotWriter
+from vla_core.data.plans import plan_names, rows_recorded
 from vla_core.data.report import Report, Thresholds, check
 from vla_core.data.shards import BagJob, Shard, convert_bag, episode_rows, written
 from vla_core.errors import VlaError, choices
@@ -92,14 +93,15 @@ def convert(
     contract = _contract(bags, contract, on_bad)
     ObservationBuilder(contract, spec)  # a spec that the contract cannot serve is no fault of a bag
     with _staging(out, resume) as partial, written(out):
+        plan_rows = rows_recorded(bags, contract)
         jobs = [
             BagJob(path=path, name=name, shards=partial / "shards", contract=contract, spec=spec,
-                   keep_failed=keep_failed, video=video, thresholds=thresholds)
+                   keep_failed=keep_failed, video=video, thresholds=thresholds, plan_rows=plan_rows)
             for path, name in zip(bags, names, strict=True)
         ]  # fmt: skip
         _forget_others(partial / "shards", jobs)
         writer = LeRobotWriter(
-            out, version=version, fps=contract.rate_hz, features=features(contract, spec, video is not None),
+            out, version=version, fps=contract.rate_hz, features=features(contract, spec, video is not None, plan_rows),
             robot_type=contract.name,
             description={"format": FORMAT, "contract": to_dict(contract), "observation": to_dict(spec)},
         )  # fmt: skip
@@ -199,14 +201,17 @@ def _bytes(path: Path) -> int:
     return 0
 
 
-def features(contract: RobotContract, spec: ObservationSpec, video: bool) -> dict[str, Feature]:
-    """LeRobot's features of a dataset for ``spec``."""
+def features(
+    contract: RobotContract, spec: ObservationSpec, video: bool, plan_rows: int | None = None
+) -> dict[str, Feature]:
+    """LeRobot's features of a dataset for ``spec``, whose actions are plans of ``plan_rows`` rows or single ones."""
     found = {}
     if spec.state:
         found[STATE] = vector(state_names(contract, spec))
     for name, size in spec.images.items():
         found[f"{IMAGES}{name}"] = image(size.height, size.width, video=video)
-    return {**found, ACTION: vector(contract.action_names)}
+    names = contract.action_names if plan_rows is None else plan_names(contract, plan_rows)
+    return {**found, ACTION: vector(names)}
 
 
 def state_names(contract: RobotContract, spec: ObservationSpec) -> tuple[str, ...]:

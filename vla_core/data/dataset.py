@@ -1,6 +1,6 @@
 """The training set: episodes of one contract and one observation spec, as arrays over all their frames.
 
-Legend: N frames, E episodes, S entries of the state, A entries of the action, B rows of a batch.
+Legend: N frames, E episodes, S entries of the state, A entries of the action, H rows of a plan, B rows of a batch.
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ class EpisodeEntry:
 
 @dataclass(frozen=True)
 class EpisodeData:
-    """Arrays of one episode of N ticks: images (N, H, W, 3) uint8, state (N, S) and action (N, A) float32.
+    """Arrays of one episode of N ticks: images (N, h, w, 3) uint8, state (N, S) and action (N, A) float32.
+
+    ``action`` is (N, H, A) where the contract's actions are plans.
 
     ``observations`` has the whole observation of each tick where the spec has extras or streams are missing; images,
     state and instruction are taken from the arrays all the same.
@@ -76,9 +78,10 @@ class EpisodeData:
 class Dataset:
     """Episodes of one contract and one observation spec.
 
-    ``state`` (N, S) and ``action`` (N, A) float32 in physical units; ``stamps_ns`` (N,) int64, one control step apart
-    within an episode but where ticks were dropped; ``task_index`` (N,) is the row of each frame's instruction in
-    ``tasks``; ``images`` camera -> :class:`Pictures` (N, H, W, 3) uint8.
+    ``state`` (N, S) and ``action`` (N, A) float32 in physical units, or (N, H, A) where a tick is answered by a whole
+    plan (``RobotContract.plans``); ``stamps_ns`` (N,) int64, one control step apart within an episode but where ticks
+    were dropped; ``task_index`` (N,) is the row of each frame's instruction in ``tasks``; ``images`` camera ->
+    :class:`Pictures` (N, h, w, 3) uint8.
 
     ``present`` stream -> (N,) bool for streams that are missing at some frames (black picture, NaN in the state).
     ``observations`` gives whole observations where the spec has extras. ``window_rows`` (M,) are the frames at which a
@@ -104,6 +107,11 @@ class Dataset:
         """N, the ticks of all episodes."""
         return len(self.action)
 
+    @property
+    def plan_rows(self) -> int | None:
+        """H, the rows of each frame's plan; None where a frame has one action."""
+        return self.action.shape[1] if self.contract.plans else None
+
     @cached_property
     def starts(self) -> np.ndarray:
         """(E + 1,) int64: the first frame of each episode, and N."""
@@ -122,7 +130,7 @@ class Dataset:
         """Statistics of ``state`` and ``action`` over all frames; of clouds, sequences and maps, over up to 1,000
         frames spread evenly, under their stream's name.
 
-        What is missing does not count.
+        Plans have statistics of each of their rows. What is missing does not count.
         """
         found = {"state": self._state_statistics(), "action": compute_statistics(self.action)}
         if self.observations is None:
@@ -178,6 +186,10 @@ class Dataset:
         """A dataset in memory."""
         if not episodes:
             raise DatasetError(f"{name}: no episodes")
+        shapes = {e.action.shape[1:] for e in episodes}
+        if len(shapes) > 1 or any(len(shape) != 1 + contract.plans for shape in shapes):
+            expected = "one (rows, entries) of all plans" if contract.plans else "(entries,)"
+            raise DatasetError(f"{name}: actions of shapes {sorted(shapes)}, expected {expected}")
         tasks = tuple(dict.fromkeys(e.instruction for e in episodes))
         lengths = [len(e) for e in episodes]
         frames = np.arange(sum(lengths))

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from vla_core.commands import decode
-from vla_core.contract import NANOSECONDS, Action, RobotContract
+from vla_core.contract import NANOSECONDS, Action, ContractError, RobotContract
 from vla_core.data import bag as bags
 from vla_core.data.bag import BagError, OpenBag
 from vla_core.observation.builder import (
@@ -260,6 +260,9 @@ def episode_starts(messages: Iterable[Message]) -> list[int]:
 class Commands:
     """Recorded commands, looked up by the tick that they answered.
 
+    Of joints a tick was answered by one row (A,), of a trajectory in the robot's own frame (``RobotContract.plans``) by
+    all its rows (H, A): those of another tick's are places seen from elsewhere.
+
     Args:
         messages: commands that are known from the beginning; others are added as they are read.
         ahead_ns: how far after the current tick commands are asked for; one control step without it.
@@ -267,6 +270,12 @@ class Commands:
 
     def __init__(self, messages: Iterable[Message], contract: RobotContract, ahead_ns: int | None = None) -> None:
         self.ahead_ns = contract.step_ns if ahead_ns is None else ahead_ns
+        relative = [name for name, action in contract.actions.items() if action.relative]
+        if relative and not contract.plans:
+            raise ContractError(
+                f"actions: {', '.join(relative)} is a trajectory in the robot's own frame, the others are commands of "
+                "one instant; a dataset cannot hold both, so give each a contract of its own"
+            )
         self._tracks = {action.topic: _Track(action, contract) for action in contract.actions.values()}
         self._counts = Counter[str]()
         for message in messages:
@@ -294,8 +303,9 @@ class Commands:
             track.forget_before(tick_ns)
 
     def at(self, tick_ns: int) -> np.ndarray | None:
-        """The command (A,) that answered ``tick_ns``, of all actions together; None when one of them gave none."""
+        """The command (A,), or plan (H, A), that answered ``tick_ns``, of all actions; None where one is missing."""
         parts = [track.at(tick_ns) for track in self._tracks.values()]
+        # A contract has one plan at most: two would both have an x.
         return None if any(part is None for part in parts) else np.concatenate(parts)  # type: ignore[arg-type]
 
 
@@ -323,11 +333,16 @@ class _Track:
             self._messages.popleft()
 
     def at(self, tick_ns: int) -> np.ndarray | None:
-        """A step's message is the first one within the control period; of a chunk, the row for this instant."""
+        """A step's message is the first one within the control period; of a chunk, the row for this instant.
+
+        In the robot's own frame it is the whole chunk, the newest one of the control period that ends with the tick.
+        """
         if self._action.publish == "chunk":
             place = self._first(tick_ns + 1) - 1
             if place < 0:
                 return None
+            if self._action.relative:
+                return self._rows(place) if tick_ns - self._stamps[place] < self._step_ns else None
             rows = self._rows(place)
             row = (tick_ns - self._stamps[place]) // self._row_ns
             return rows[row] if row < len(rows) else None
@@ -352,7 +367,7 @@ class _Track:
 
 @dataclass(frozen=True, eq=False)
 class Tick:
-    """One control tick of a bag: what was seen, and the command (A,) float32 that answered it.
+    """One control tick of a bag: what was seen, and the command (A,), or plan (H, A), float32 that answered it.
 
     ``episode`` counts the starts marked until then, so 0 is what was before the first. A tick that gives no row has no
     observation, or no command.

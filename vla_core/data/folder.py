@@ -15,6 +15,7 @@ from vla_core.data.dataset import Dataset, DatasetError, EpisodeEntry
 from vla_core.data.frame_cache import Cache, Pictures, cached, open_pictures
 from vla_core.data.lerobot.layout import VISUAL, Info
 from vla_core.data.lerobot.reader import LeRobotFolder
+from vla_core.data.plans import plan_names
 from vla_core.data.side import Seen, SideRows, with_gaps
 from vla_core.errors import choices
 from vla_core.observation.builder import Observation, ObservationSpec
@@ -90,7 +91,7 @@ def _read(
     task_index = folder.column("task_index").astype(np.int64)
     used, task_index = np.unique(task_index, return_inverse=True)
     tasks = tuple(folder.tasks[i] for i in used)
-    action = folder.column(ACTION)[:, _bind(folder.info, ACTION, _wanted_actions(contract), str(folder.path))]
+    action = _actions(folder, contract)
     state = np.zeros((len(action), 0), dtype=np.float32)
     if spec.state:
         state = folder.column(STATE)[:, _bind(folder.info, STATE, _wanted_state(contract, spec), str(folder.path))]
@@ -118,6 +119,22 @@ def _read(
         observations=_replayed(folder, contract, spec, cache, images, state, tasks, task_index),
         window_rows=np.arange(len(action)),
     )  # fmt: skip
+
+
+def _actions(folder: LeRobotFolder, contract: RobotContract) -> np.ndarray:
+    """Actions (N, A), or plans (N, H, A) from a column of H * A entries, whose names say so or are not there."""
+    if not contract.plans:
+        return folder.column(ACTION)[:, _bind(folder.info, ACTION, _wanted_actions(contract), str(folder.path))]
+    if ACTION not in folder.info.features:
+        raise DatasetError(f"{folder.path}: no column {ACTION}; choices: {choices(folder.info.columns)}")
+    feature, width = folder.info.features[ACTION], len(contract.action_names)
+    rows, rest = divmod(int(np.prod(feature.shape)), width)
+    expected = plan_names(contract, max(rows, 1))
+    if rest or (feature.names is not None and feature.names != expected):
+        found = f"shape {feature.shape}" if feature.names is None else f"entries {choices(feature.names)}"
+        raise DatasetError(f"{folder.path}: {ACTION} has {found}, the contract {contract.name!r} has plans; expected "
+                           f"them row by row: {', '.join(expected[: width + 1])}, ...")  # fmt: skip
+    return folder.column(ACTION).reshape(-1, rows, width)
 
 
 def _entry(index: int, plain: dict[str, Any], instruction: str) -> EpisodeEntry:

@@ -126,6 +126,7 @@ def layout(dataset: Dataset) -> dict[str, Any]:
         "images": {name: f"{size.width}x{size.height}" for name, size in spec.images.items()},
         "state": sum(len(contract.stream(name).names) for name in spec.state),
         "action": len(contract.action_names),
+        "plan": dataset.plan_rows is not None,
         "instruction": spec.instruction is not None,
         "clouds": {name: streams[name] for name in spec.clouds},
         "sequences": {name: (contract.stream(name).window_length, streams[name]) for name in spec.sequences},

@@ -26,6 +26,7 @@ class Filter:
     that is shown much rest learns to rest; the stretch stays in the windows that reach into it. At rest is a frame
     whose actions are all below ``motionless``, a share of each one's half range: velocities and efforts by value,
     positions, and entries named in ``by_change`` (a gripper among velocities), by the change since the frame before.
+    At rest is a plan that stays, in all its rows, where it begins.
     """
 
     tasks: tuple[str, ...] = ()
@@ -149,13 +150,19 @@ def at_rest(dataset: Dataset, threshold: float, by_change: tuple[str, ...] = ())
     """(N,) bool: frames whose actions are all below ``threshold``, as :class:`Filter` says; no episode's first by
     change alone, before which nothing is known."""
     contract = dataset.contract
+    half_range = (contract.action_high - contract.action_low) / 2
+    if dataset.plan_rows is not None:
+        if by_change:
+            raise DatasetError(f"by_change: {dataset.name} has plans in the robot's own frame, of which no entry is "
+                               "compared with the frame before; leave it out")  # fmt: skip
+        resting: np.ndarray = (np.abs(dataset.action) < threshold * half_range).all(axis=(1, 2))
+        return resting
     unknown = [name for name in by_change if name not in contract.action_names]
     if unknown:
         raise DatasetError(f"by_change: no action {unknown[0]!r}; choices: {choices(contract.action_names)}")
     kinds = [action.kind for action in contract.actions.values() for _ in action.names]
     named = zip(kinds, contract.action_names, strict=True)
     change = np.array([kind == "position" or name in by_change for kind, name in named])
-    half_range = (contract.action_high - contract.action_low) / 2
     moved = np.abs(dataset.action)
     steps = np.abs(np.diff(dataset.action, axis=0, prepend=np.inf))
     steps[dataset.starts[:-1]] = np.inf

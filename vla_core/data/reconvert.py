@@ -88,7 +88,7 @@ def _adopt(
     contract, spec = dataset.contract, dataset.spec
     description = {"format": FORMAT, "contract": to_dict(contract), "observation": to_dict(spec), "left_out": []}
     with LeRobotWriter(
-        out, version=version, fps=contract.rate_hz, features=features(contract, spec, video=False),
+        out, version=version, fps=contract.rate_hz, features=features(contract, spec, False, dataset.plan_rows),
         robot_type=source.info.robot_type, description=description,
     ) as writer:  # fmt: skip
         for entry in dataset.episodes:
@@ -99,7 +99,7 @@ def _adopt(
 
 def _rows(dataset: Dataset, frames: np.ndarray, episode: int) -> EpisodeRows:
     contract, spec = dataset.contract, dataset.spec
-    columns = {ACTION: dataset.action[frames]}
+    columns = {ACTION: dataset.action[frames].reshape(len(frames), -1)}
     if spec.state:
         columns[STATE] = np.ascontiguousarray(dataset.state[frames], dtype=np.float32)
     statistics = {key: column_statistics(column) for key, column in columns.items()}

@@ -9,7 +9,7 @@ import json
 import shutil
 import threading
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -223,3 +223,37 @@ class LossCounter:
         last = self._last.get((topic, publisher))
         self._last[topic, publisher] = number
         return 0 if last is None else max(0, number - last - 1)
+
+
+class UntickedWords:
+    """Latched values that changed on the way, in lockstep: each belongs to the tick that lists its topic.
+
+    Simulated time stands still while something is said, so the time of its receipt may be that of the tick before.
+    """
+
+    LISTED = 5  # ticks; what none of so many lists came from elsewhere
+
+    def __init__(self) -> None:
+        self._waiting: list[tuple[Arrival, int]] = []  # and the ticks since it came
+
+    def hear(self, arrival: Arrival) -> None:
+        """Something was said."""
+        self._waiting.append((arrival, 0))
+
+    def waiting(self) -> list[Arrival]:
+        """What no tick has listed yet, oldest first."""
+        return [arrival for arrival, _ in self._waiting]
+
+    def tick(self, stamp_ns: int, topics: Iterable[str]) -> list[Arrival]:
+        """What is to be written at the tick ``stamp_ns``: of each of its ``topics`` the oldest, with its stamp."""
+        listed, due, waiting = set(topics), [], []
+        for arrival, ticks in self._waiting:
+            if arrival.topic in listed:
+                listed.remove(arrival.topic)  # what was said after it is for another tick
+                due.append(replace(arrival, stamp_ns=stamp_ns, receive_ns=stamp_ns))
+            elif ticks >= self.LISTED:
+                due.append(arrival)
+            else:
+                waiting.append((arrival, ticks + 1))
+        self._waiting = waiting
+        return due

@@ -36,6 +36,7 @@ from vla_core.data.lerobot.episode import EpisodeRows, Stats
 from vla_core.data.lerobot.layout import LeRobotError
 from vla_core.data.lerobot.statistics import column_statistics, image_statistics, sample_indices
 from vla_core.data.lerobot.video import VideoOptions, decode, encode
+from vla_core.data.plans import check_rows
 from vla_core.data.report import BagCounts, StreamReport, Thresholds, check_lost
 from vla_core.errors import VlaError
 from vla_core.observation.builder import Observation, ObservationSpec
@@ -56,7 +57,7 @@ class Interrupted(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class BagJob:
-    """What is to be made of one bag; ``name`` is what dataset and report call it."""
+    """What is to be made of one bag; ``name`` is what dataset and report call it, ``plan_rows`` H of its plans."""
 
     path: Path
     name: str
@@ -66,6 +67,7 @@ class BagJob:
     keep_failed: bool
     video: VideoOptions | None
     thresholds: Thresholds
+    plan_rows: int | None = None
 
     def fingerprint(self) -> str:
         """Equal for the same bag (by its description, and its files' sizes and times) and the same wishes."""
@@ -77,7 +79,8 @@ class BagJob:
             raise BagError(f"{self.path}: cannot be read: {error.strerror}") from None
         files = [(name, state.st_size, state.st_mtime_ns) for name, state in states]
         wishes = [FORMAT, self.name, files, to_dict(self.contract), to_dict(self.spec), self.keep_failed,
-                  None if self.video is None else asdict(self.video), self.thresholds.max_lost]  # fmt: skip
+                  None if self.video is None else asdict(self.video), self.thresholds.max_lost,
+                  self.plan_rows]  # fmt: skip
         return hashlib.sha256(text + json.dumps(wishes).encode()).hexdigest()[:24]
 
 
@@ -167,6 +170,7 @@ def _convert_open(job: BagJob, reader: EpisodeReader, folder: Path, stopped: Cal
             if tick.observation is None or tick.action is None:
                 dropped[tick.episode] += 1
                 continue
+            check_rows(tick.action, job.plan_rows, f"{job.path}: at {tick.stamp_ns} ns")
             if not np.isfinite(tick.action).all():
                 raise BagError(f"{job.path}: a command is not finite at {tick.stamp_ns} ns: {tick.action.tolist()}")
             if tick.episode not in sinks:
@@ -230,7 +234,7 @@ class _EpisodeSink:
         self._past = side.PastTicks(job.spec)
         self._rows: list[tuple[Observation, np.ndarray, list[int], list[int]]] = []
         self._file = self._path("rows.arrow")
-        fields = [*side.frames_schema(job.contract, job.spec), *_own_fields(job.contract, job.spec)]
+        fields = [*side.frames_schema(job.contract, job.spec), *_own_fields(job)]
         self._schema = pa.schema(fields)
         self._writer = _ArrowFile(self._file, self._schema)
         self._past_writer: _ArrowFile | None = None
@@ -298,7 +302,7 @@ class _EpisodeSink:
         observations = [row[0] for row in self._rows]
         table = side.side_table(observations, self._contract, self._spec, [row[2] for row in self._rows])
         columns = {name: table.column(name) for name in table.column_names}
-        columns["action"] = side.fixed_lists(np.stack([row[1] for row in self._rows]))
+        columns["action"] = side.fixed_lists(np.stack([row[1].reshape(-1) for row in self._rows]))
         if self._spec.state:
             state = np.stack([observation.state for observation in observations])
             columns["state"] = side.fixed_lists(np.where(np.isnan(state), np.float32(0), state))
@@ -318,11 +322,13 @@ class _EpisodeSink:
         return self._folder / f"{self._number:06d}.{name}"
 
 
-def _own_fields(contract: RobotContract, spec: ObservationSpec) -> list[pa.Field]:
+def _own_fields(job: BagJob) -> list[pa.Field]:
     """Columns of a shard beside the side rows."""
     import pyarrow as pa
 
-    fields = [pa.field("action", pa.list_(pa.float32(), len(contract.action_names))), pa.field("task", pa.string())]
+    contract, spec = job.contract, job.spec
+    width = len(contract.action_names) * (job.plan_rows or 1)
+    fields = [pa.field("action", pa.list_(pa.float32(), width)), pa.field("task", pa.string())]
     if spec.state:
         fields.append(pa.field("state", pa.list_(pa.float32(), side.state_size(contract, spec))))
     return fields + [pa.field(f"picture.{name}", pa.int32()) for name in spec.images]

@@ -1,21 +1,25 @@
-"""Chunk windows: every frame with the actions from it on."""
+"""Chunk windows: every frame with the actions from it on, or with the plan of its tick."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from vla_core.data.dataset import Dataset
+from vla_core.data.dataset import Dataset, DatasetError
 
 
 class ChunkWindows:
     """Every frame of a dataset with the chunk of H actions from it on; steps past the episode's end are masked.
 
-    Where ticks were dropped, the next row is not the next step: a chunk is masked from the hole on.
+    Where ticks were dropped, the next row is not the next step: a chunk is masked from the hole on. Of a dataset of
+    plans a frame's chunk is the beginning of its own plan, all of it known.
     """
 
     def __init__(self, dataset: Dataset, horizon: int) -> None:
         self.dataset = dataset
         self.horizon = horizon
+        if dataset.plan_rows is not None and horizon > dataset.plan_rows:
+            raise DatasetError(f"{dataset.name}: its plans have {dataset.plan_rows} rows, the model's horizon is "
+                               f"{horizon}; set model.horizon to at most {dataset.plan_rows}")  # fmt: skip
         lengths = np.diff(dataset.starts)
         self._ends = np.repeat(dataset.starts[1:], lengths)
 
@@ -24,6 +28,8 @@ class ChunkWindows:
 
     def chunks(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Actions (B, H, A) in physical units and their mask (B, H); masked steps repeat the episode's last action."""
+        if self.dataset.plan_rows is not None:
+            return self.dataset.action[rows, : self.horizon], np.ones((len(rows), self.horizon), dtype=bool)
         ahead = np.arange(self.horizon)
         ends = self._ends[rows][:, None]
         reach = rows[:, None] + ahead  # (B, H)

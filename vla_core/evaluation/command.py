@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 EPISODES, FIRST_SEED = 50, 10_000
 # What decides what is run; --repeat takes it from the file.
 _PLANNED = ("task", "suite", "instructions", "instruction", "camera", "camera_size", "black_camera", "episodes",
-            "seed", "max_steps", "strategy", "delay_steps", "execution", "dataset")  # fmt: skip
+            "seed", "max_steps", "strategy", "delay_steps", "execution", "fault", "dataset")  # fmt: skip
 
 
 def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -48,16 +48,19 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def _add_plan(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--task", nargs="+", metavar="WORLD", help="such as push-v3, libero_spatial:3, pusht; default: push-v3"
-    )
+    parser.add_argument("--task", nargs="+", metavar="WORLD",
+                        help="such as push-v3, libero_spatial:3, pusht, driving:mixed; default: push-v3")  # fmt: skip
     parser.add_argument("--suite", help="all tasks of mt10, libero_spatial, libero_object, libero_goal, libero_10, "
-                        "libero_90")  # fmt: skip
+                        "libero_90, driving")  # fmt: skip
     parser.add_argument(
         "--instructions", choices=("canonical", "train", "unseen", "swapped"),
-        help="the tasks' own words (default), paraphrases, or other tasks' words; seeds take turns",
+        help="the tasks' own words (default), paraphrases, or other tasks' words (swapped); seeds take turns",
     )  # fmt: skip
     parser.add_argument("--instruction", help="other words, for every task")
+    parser.add_argument(
+        "--fault", nargs="+", metavar="STREAM=KIND",
+        help="sensors that fail: lidar=dropped, imu=delayed:0.2, front=frozen@5, radar_*=stuck@3-6",
+    )  # fmt: skip
     parser.add_argument("--camera", help="of worlds that let one choose; default: the one that the policy was made for")
     parser.add_argument("--camera-size", type=positive, help="rendered height and width, pixels; default: the world's")
     parser.add_argument("--black-camera", action="store_true", default=None, help="show black pictures to the policy")
@@ -169,6 +172,7 @@ def _plan(parsed: argparse.Namespace, wanted: Sequence[Wanted], leave_out: bool 
         range(first, first + (parsed.episodes or EPISODES)),
         strategies=parsed.strategy or (), changes=parsed.execution or (), delays=parsed.delay_steps or (0,),
         camera=parsed.camera, camera_size=parsed.camera_size, black=bool(parsed.black_camera),
+        faults=parsed.fault or (),
         dataset=parsed.dataset, leave_out=leave_out,
     )  # fmt: skip
 

@@ -63,6 +63,25 @@ def student_interval(rates: Sequence[float]) -> tuple[float, float] | None:
     return max(0.0, mean - half), min(1.0, mean + half)
 
 
+def bootstrap_interval(
+    sums: Sequence[float], counts: Sequence[float] | None = None, resamples: int = 2000
+) -> tuple[float, float] | None:
+    """95 % interval of the ratio sum(sums) / sum(counts), by resampling whole units (Efron 1979, percentile method).
+
+    A unit is what is independent of the others, such as a route, whose ticks are not: ``sums`` and ``counts`` have an
+    entry for each. Without counts it is the interval of a mean. The same figures give the same interval. None with
+    fewer than two units that count.
+    """
+    top = np.asarray(sums, dtype=np.float64)
+    below = np.ones(len(top)) if counts is None else np.asarray(counts, dtype=np.float64)
+    top, below = top[below > 0], below[below > 0]
+    if len(top) < 2:
+        return None
+    drawn = np.random.default_rng(0).integers(len(top), size=(resamples, len(top)))
+    low, high = np.percentile(top[drawn].sum(1) / below[drawn].sum(1), (2.5, 97.5))
+    return float(low), float(high)
+
+
 def roughness(commands: np.ndarray) -> float:
     """Largest Euclidean norm of the second difference over time of ``commands`` (T, A); 0 with fewer than three."""
     return float(np.linalg.norm(np.diff(commands, n=2, axis=0), axis=-1).max(initial=0.0))

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from vla_core.contract import RobotContract
 from vla_core.data import bag as bags
 from vla_core.data.bag import BagError
 from vla_core.data.episodes import Commands, replay_ticks, replayed
@@ -62,14 +63,15 @@ def replay(path: Path, core: PolicyCore) -> Replay:
     needed |= {action.topic: action.type for action in contract.actions.values()}
     bags.require_topics(summary, needed)
     horizon = core.policy.checkpoint.config.model.horizon
-    commands = Commands((), contract, ahead_ns=horizon * contract.step_ns)
+    steps = 1 if contract.plans else horizon
+    commands = Commands((), contract, ahead_ns=steps * contract.step_ns)
     stamps, predicted, recorded, known = [], [], [], []
     for tick_ns in replay_ticks(replayed(path, builder, commands), builder, core.buffer, commands):
         try:
             chunk = core.predict(tick_ns)  # each tick for itself: nothing is executed that could be continued
         except Unobserved:
             continue
-        truth = [commands.at(tick_ns + k * contract.step_ns) for k in range(len(chunk.actions))]
+        truth = _truth(commands, tick_ns, len(chunk.actions), contract)
         blank = np.full(len(contract.action_names), np.nan)
         stamps.append(tick_ns)
         predicted.append(chunk.actions)
@@ -80,3 +82,12 @@ def replay(path: Path, core: PolicyCore) -> Replay:
     half_range = (contract.action_high - contract.action_low) / 2
     return Replay(contract.action_names, contract.action_units, half_range, np.array(stamps), np.stack(predicted),
                   np.stack(recorded), np.array(known))  # fmt: skip
+
+
+def _truth(commands: Commands, tick_ns: int, rows: int, contract: RobotContract) -> list[np.ndarray | None]:
+    """What was recorded for each row of a chunk: the commands of its instants, or the tick's own plan."""
+    if not contract.plans:
+        return [commands.at(tick_ns + k * contract.step_ns) for k in range(rows)]
+    plan = commands.at(tick_ns)
+    found: list[np.ndarray | None] = [] if plan is None else list(plan[:rows])
+    return found + [None] * (rows - len(found))

@@ -15,6 +15,7 @@ from vla_core.errors import VlaError
 from vla_core.evaluation.suites import Assignment
 from vla_core.runtime.execution import Execution
 from vla_core.sim.base import View
+from vla_core.sim.faults import Faults
 from vla_core.sim.worlds import find
 
 
@@ -57,11 +58,15 @@ class Entry:
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One row of the table: an entry, how its chunks are executed, and how many control steps late they come."""
+    """One row of the table: an entry, how its chunks are executed, and how many control steps late they come.
+
+    ``faults`` are those of the robot's sensors (:mod:`vla_core.sim.faults`), such as ``lidar=dropped``.
+    """
 
     entry: int
     execution: Execution
     delay_steps: int = 0
+    faults: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +139,7 @@ def make_plan(
     camera: str | None = None,
     camera_size: int | None = None,
     black: bool = False,
+    faults: Sequence[str] = (),
     dataset: str | None = None,
     leave_out: bool = False,
 ) -> tuple[Plan, list[str]]:
@@ -144,6 +150,7 @@ def make_plan(
         changes: further ``key=value`` changes to it.
         camera: for worlds that let one choose; None takes the one that each policy was trained for.
         camera_size: pixels of rendered pictures; None takes each world's own.
+        faults: what is wrong with the sensors in all runs.
         leave_out: leave out strategies that a policy cannot follow, instead of raising.
 
     Returns the plan, and a line for each strategy that was left out.
@@ -160,6 +167,7 @@ def make_plan(
         for number, paths in enumerate(policy.trainings):
             loaded = [Checkpoint.from_pretrained(path, dataset=dataset) for path in paths]
             _check_alike(paths, loaded)
+            Faults.parse(faults, loaded[0].contract)
             if first is not None:
                 _check_same_recipe(policy, first, loaded[0], paths[0])
             first = first or loaded[0]
@@ -170,7 +178,8 @@ def make_plan(
                 Entry(label=label, group=policy.label, members=tuple(map(member, paths)), view=view)
             )  # fmt: skip
             for execution in _executions(loaded[0], label, strategies, changes, notes if leave_out else None):
-                runs += [Run(entry=len(entries) - 1, execution=execution, delay_steps=delay) for delay in delays]
+                runs += [Run(entry=len(entries) - 1, execution=execution, delay_steps=delay, faults=tuple(faults))
+                         for delay in delays]  # fmt: skip
     if not runs:
         raise EvaluationError(f"nothing is left to run: {'; '.join(notes)}")
     plan = Plan(entries=tuple(entries), runs=tuple(runs), tasks=tuple(tasks), seeds=tuple(seeds), dataset=dataset)
@@ -191,6 +200,7 @@ def _executions(checkpoint: Checkpoint, label: str, strategies: Sequence[str], c
         execution = own.changed({**values, "strategy": name})
         try:
             execution.check(model.horizon, model.head)
+            execution.check_contract(checkpoint.contract)
         except ConfigError as error:
             if notes is None:
                 raise

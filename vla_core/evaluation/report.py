@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import base64
 import html
-import importlib.metadata
 import json
-import platform
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +15,8 @@ from vla_core.evaluation import plots
 from vla_core.evaluation.metrics import percentile, wilson_interval
 from vla_core.evaluation.open_loop import Replay
 from vla_core.evaluation.parity import Parity
+from vla_core.evaluation.results import versions
 from vla_core.training.trainer import Result
-
-VERSIONS = ("vla_ros", "torch", "numpy", "rosbags", "mujoco", "metaworld", "opencv-python-headless", "ros-kilted-rclpy")
 
 OBJECT_IN_STATE = (
     "This policy sees Meta-World's 39 numbers, which hold the object's position and the goal: it can do without its "
@@ -141,17 +138,6 @@ def figures(result: DemoResult) -> dict[str, Any]:
         "outcomes": {run.title: run.outcomes for run in _runs(result)},
         "versions": versions(),
     }
-
-
-def versions() -> dict[str, str]:
-    """Versions of what decides the figures; absent packages are left out."""
-    found = {"python": platform.python_version(), "platform": platform.platform()}
-    for name in VERSIONS:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def write_report(result: DemoResult, folder: Path) -> Path:

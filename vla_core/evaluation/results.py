@@ -15,7 +15,13 @@ from typing import Any
 import numpy as np
 
 from vla_core.config import ConfigError, from_dict, to_dict
-from vla_core.evaluation.metrics import percentiles, student_interval, summarize, wilson_interval
+from vla_core.evaluation.metrics import (
+    bootstrap_interval,
+    percentiles,
+    student_interval,
+    summarize,
+    wilson_interval,
+)
 from vla_core.evaluation.plan import EvaluationError, Plan
 from vla_core.evaluation.runner import Outcome
 
@@ -73,15 +79,15 @@ def _run(plan: Plan, number: int, outcomes: Sequence[Outcome]) -> dict[str, Any]
         tasks.append(
             {"task": task.world, "instructions": list(task.instructions), **_success([r.success for r in mine])}
         )
-    scores = [result.score for result in done if result.score is not None]
     inference = [ms for result in done for ms in result.inference_ms]
     entry = plan.entries[run.entry]
     where = plan.tasks[0].world if len(plan.tasks) == 1 else f"{len(plan.tasks)} tasks"
     return {
         "entry": entry.label, "task": where, "group": entry.group, "execution": to_dict(run.execution),
-        "delay_steps": run.delay_steps, **(summarize(done) if done else {"trials": 0}),
+        "delay_steps": run.delay_steps, "faults": list(run.faults), **(summarize(done) if done else {"trials": 0}),
         "mean_over_tasks": _mean([task["success_rate"] for task in tasks if task["trials"]]),
-        "score": _mean(scores), "tasks": tasks,
+        **_scores([result.score for result in done if result.score is not None]),
+        "details": _details([result.details for result in done]), "tasks": tasks,
         "episodes": [_episode(plan, outcome) for outcome in outcomes],
         "timing": {**percentiles("inference_ms", inference), "seconds": sum(o.seconds for o in outcomes)},
     }  # fmt: skip
@@ -94,6 +100,18 @@ def _success(outcomes: Sequence[bool]) -> dict[str, Any]:
             "success_ci95": wilson_interval(successes, trials)}  # fmt: skip
 
 
+def _scores(scores: Sequence[float]) -> dict[str, Any]:
+    """Mean score with its interval over episodes."""
+    return {"score": _mean(scores), "score_ci95": bootstrap_interval(scores)}
+
+
+def _details(found: Sequence[Mapping[str, float]]) -> dict[str, dict[str, Any]]:
+    """Mean of each of the worlds' figures, with its interval, over the episodes that have it."""
+    names = dict.fromkeys(name for details in found for name in details)
+    values = {name: [details[name] for details in found if name in details] for name in names}
+    return {name: {"mean": _mean(of), "ci95": bootstrap_interval(of)} for name, of in values.items()}
+
+
 def _mean(values: Sequence[float]) -> float | None:
     return float(np.mean(values)) if len(values) else None
 
@@ -104,10 +122,13 @@ def _episode(plan: Plan, outcome: Outcome) -> dict[str, Any]:
     record: dict[str, Any] = {"task": task.world, "seed": job.seed, "instruction": task.instruction(job.seed)}
     if result is None:
         return {**record, "error": outcome.error}
+    if record["instruction"] is None:
+        record["instruction"] = " / ".join(result.said)
     jumps = result.boundary_jumps
     return {
         **record, "success": result.success, "steps": result.steps, "score": result.score,
         "boundary_jump": float(np.mean(jumps)) if jumps else None, "roughness": result.roughness,
+        "refused": result.refused, "details": result.details,
     }  # fmt: skip
 
 
@@ -119,26 +140,31 @@ def _groups(plan: Plan, rows: Sequence[Mapping[str, Any]]) -> Iterator[dict[str,
     Wilson's over all episodes. That stands alone for one training: as if all were of one task, which is a little wider
     than what the tasks' own rates would give.
     """
-    keys = dict.fromkeys((row["group"], json.dumps(row["execution"]), row["delay_steps"]) for row in rows)
-    for group, execution, delay in keys:
-        mine = [row for row in rows if (row["group"], json.dumps(row["execution"]), row["delay_steps"])
-                == (group, execution, delay)]  # fmt: skip
+
+    def kind(row: Mapping[str, Any]) -> tuple[Any, ...]:
+        return row["group"], json.dumps(row["execution"]), row["delay_steps"], tuple(row["faults"])
+
+    for group, execution, delay, faults in dict.fromkeys(map(kind, rows)):
+        mine = [row for row in rows if kind(row) == (group, execution, delay, faults)]
         tasks = []
         for index, task in enumerate(plan.tasks):
             episodes = [row["tasks"][index] for row in mine]
             trials, successes = sum(e["trials"] for e in episodes), sum(e["successes"] for e in episodes)
             tasks.append({"task": task.world, **_success([True] * successes + [False] * (trials - successes))})
         means = [row["mean_over_tasks"] for row in mine if row["mean_over_tasks"] is not None]
-        pooled = _success([e["success"] for row in mine for e in row["episodes"] if "error" not in e])
+        done = [e for row in mine for e in row["episodes"] if "error" not in e]
+        pooled = _success([e["success"] for e in done])
         student, (low, high) = student_interval(means), pooled["success_ci95"]
         interval = (min(student[0], low), max(student[1], high)) if student else (low, high)
         yield {
             "group": group, "entries": [row["entry"] for row in mine], "execution": json.loads(execution),
-            "delay_steps": delay, "trainings": len(mine), "trials": pooled["trials"],
+            "delay_steps": delay, "faults": list(faults), "trainings": len(mine), "trials": pooled["trials"],
             "success_rate": _mean(means), "success_ci95": interval,
             "interval": STUDENT if student else WILSON, "tasks": tasks,
+            **_scores([e["score"] for e in done if e["score"] is not None]),
+            "details": _details([e["details"] for e in done]),
             **{key: _mean([row[key] for row in mine if row.get(key) is not None])
-               for key in ("score", "boundary_jump", "roughness")},
+               for key in ("boundary_jump", "roughness")},
             "boundary_jump_ci95": mine[0].get("boundary_jump_ci95") if len(mine) == 1 else None,
             "roughness_ci95": mine[0].get("roughness_ci95") if len(mine) == 1 else None,
             "timing": {key: _mean([row["timing"][key] for row in mine if row["timing"][key] is not None])

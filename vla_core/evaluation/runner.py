@@ -6,7 +6,9 @@ thread. An episode that raises, or whose process dies, is reported by task and s
 
 from __future__ import annotations
 
+import dataclasses
 import multiprocessing
+import re
 import signal
 import time
 import traceback
@@ -30,6 +32,7 @@ from vla_core.evaluation.video import VideoWriter
 from vla_core.runtime.core import PolicyCore
 from vla_core.runtime.policy import Policy
 from vla_core.sim.base import View, World
+from vla_core.sim.faults import Faults
 from vla_core.sim.worlds import make_world
 from vla_core.threads import one_thread
 
@@ -92,7 +95,11 @@ class Runner:
         run, task = self._plan.runs[job.run], self._plan.tasks[job.task]
         policy = self._policy(run.entry)
         try:
-            world = self._load(task.world, seen_by(policy), self._plan.entries[run.entry].view)
+            view = self._plan.entries[run.entry].view
+            if task.said_by == "swapped":
+                view = dataclasses.replace(view, swapped=True)
+            world = self._load(task.world, seen_by(policy), view)
+            faults = Faults.parse(run.faults, policy.contract) if run.faults else None
             core = PolicyCore(policy, run.execution)
             if job.run not in self._warm:
                 core.warm_up()
@@ -105,7 +112,7 @@ class Runner:
         try:
             result = run_episode(
                 world, core, task.instruction(job.seed), job.seed, task.max_steps,
-                delay_steps=run.delay_steps, watch=None if video is None else video.add,
+                delay_steps=run.delay_steps, watch=None if video is None else video.add, faults=faults,
             )  # fmt: skip
             if video is not None:
                 self._keep(video, job, result)
@@ -152,9 +159,9 @@ class Runner:
         run, task = self._plan.runs[job.run], self._plan.tasks[job.task]
         parts = [self._plan.entries[run.entry].label] if len(self._plan.entries) > 1 else []
         if len(self._plan.runs) > len(self._plan.entries):
-            parts += [run.execution.strategy, f"delay{run.delay_steps}"]
+            parts += [run.execution.strategy, f"delay{run.delay_steps}", *run.faults]
         parts += [task.world, f"seed{job.seed}", "success" if result.success else "failure"]
-        video.save("_".join(parts).replace(":", "_").replace("/", "_").replace(" ", "_"))
+        video.save(re.sub(r"[:/ *?]", "_", "_".join(parts)))
 
 
 def _line(error: BaseException) -> str:

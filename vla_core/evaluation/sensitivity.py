@@ -104,8 +104,9 @@ def sensitivity(checkpoint: Checkpoint, data: Path, samples: int = 256, seed: in
         changes.append(change("instruction swapped", _predict(checkpoint, swapped, seed)))
     elif checkpoint.config.observation.instruction:
         not_measured["instruction swapped"] = f"the data has only {different[0]!r}"
-    units = checkpoint.normalizer.unnormalize("action", np.stack([spread, 0 * spread]))
-    named = dict(zip(names, (units[0] - units[1]).tolist(), strict=True))
+    units = checkpoint.normalizer.unnormalize("action", base)
+    units -= checkpoint.normalizer.unnormalize("action", np.broadcast_to(center, base.shape))
+    named = dict(zip(names, np.sqrt(np.square(units).mean(axis=(0, 1))).tolist(), strict=True))
     return Sensitivity(count, tuple(different), named, changes, not_measured)
 
 
@@ -129,7 +130,8 @@ def _everywhere(inputs: ModelInputs, change: Callable[[ModelInputs], ModelInputs
 
 
 def _black(inputs: ModelInputs, name: str) -> ModelInputs:
-    return dataclasses.replace(inputs, images={**inputs.images, name: torch.zeros_like(inputs.images[name])})
+    images = {n: torch.zeros_like(pixels) if n == name else pixels for n, pixels in inputs.images.items()}
+    return dataclasses.replace(inputs, images=images)
 
 
 def _masked(inputs: ModelInputs, name: str) -> ModelInputs:

@@ -11,6 +11,8 @@ def lines(record: Mapping[str, Any]) -> list[str]:
     out = []
     for group in record["groups"]:
         late = f"{group['execution']['strategy']}, chunks {group['delay_steps']} steps late"
+        if group["faults"]:
+            late += f", with {', '.join(group['faults'])}"
         jump = "none" if group["boundary_jump"] is None else f"{group['boundary_jump']:.4f}"
         tasks = group["tasks"]
         if len(tasks) > 1:
@@ -19,10 +21,15 @@ def lines(record: Mapping[str, Any]) -> list[str]:
         where = tasks[0]["task"] if len(tasks) == 1 else f"{len(tasks)} tasks, their mean"
         trainings = f" and {group['trainings']} trainings" if group["trainings"] > 1 else ""
         name = f"{group['group']}: " if len({g["group"] for g in record["groups"]}) > 1 else ""
-        score = "" if group["score"] is None else f", score {group['score']:.3f}"
+        score = "" if group["score"] is None else f", score {_ranged(group['score'], group['score_ci95'])}"
         out.append(f"{name}success {_interval(group)} over {group['trials']} episodes{trainings} of {where}: "
                    f"{late}, boundary jump {jump}{score}")  # fmt: skip
+        out += [f"  {key}: {_ranged(found['mean'], found['ci95'])}" for key, found in group["details"].items()]
     return out + [f"not run: {error}" for error in record["errors"]]
+
+
+def _ranged(mean: float, interval: Sequence[float] | None) -> str:
+    return f"{mean:.3f}" if interval is None else f"{mean:.3f} ({interval[0]:.3f} to {interval[1]:.3f})"
 
 
 def _interval(row: Mapping[str, Any]) -> str:
@@ -38,10 +45,10 @@ def markdown(record: Mapping[str, Any], notes: Sequence[str] = ()) -> str:
     scored = any(group["score"] is not None for group in groups)
     head = ["policy", "strategy", "late [steps]", "episodes", "success", *(["score"] if scored else []),
             "inference p50 / p99 [ms]", "boundary jump", "roughness"]  # fmt: skip
-    text = ["# Comparison", "", f"Tasks: {', '.join(names)}", "", *_table(head, [_row(g, scored) for g in groups])]
+    text = ["# Comparison", "", f"Tasks: {', '.join(names)}", "", *table(head, [_row(g, scored) for g in groups])]
     if len(names) > 1:
         text += ["", "## Success per task", ""]
-        text += _table(["policy", "strategy", "late [steps]", *names], [
+        text += table(["policy", "strategy", "late [steps]", *names], [
             [g["group"], g["execution"]["strategy"], str(g["delay_steps"]), *(_short(task) for task in g["tasks"])]
             for g in groups
         ])  # fmt: skip
@@ -78,7 +85,7 @@ def _number(value: float | None, digits: int) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     cells = [[cell.replace("|", "\\|") for cell in row] for row in (head, *rows)]
     out = [f"| {' | '.join(row)} |" for row in cells]
     return [out[0], "|" + "---|" * len(head), *out[1:]]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 
 from vla_core.card import read_json, success_rows
 from vla_core.checkpoint import Checkpoint, fingerprint
+from vla_core.data.plans import plan_names
 from vla_core.inspect import figures
 from vla_core.inspect.report import Picture, Report, Section, Table, listed, number, size
 from vla_core.observation.normalizer import Statistics, entry_names
@@ -28,7 +29,10 @@ def inspect_checkpoint(path: Path, pictures: bool = True) -> Report:
         "checkpoint", str(path), f"{config.model.type}, {parameters:,} parameters, weights {weights}",
         figures={"parameters": f"{parameters:,}", "model": config.model.type, "contract": contract.name},
     )  # fmt: skip
-    chunk = f"{config.model.horizon} steps of {1000 / contract.rate_hz:g} ms, {config.execution.steps} executed"
+    again = f"{config.execution.steps} executed"
+    if config.execution.period_s is not None:
+        again = f"a new one every {1000 * config.execution.period_s:g} ms"
+    chunk = f"{config.model.horizon} steps of {contract.chunk_step_ns / 1e6:g} ms, {again}"
     facts = {
         "contract": f"{contract.name}, {contract.rate_hz:g} Hz",
         "sees": ", ".join(config.observation.names),
@@ -43,7 +47,7 @@ def inspect_checkpoint(path: Path, pictures: bool = True) -> Report:
     report.lines = [f"{key}: {value}" for key, value in facts.items()]
     report.tiles = [
         (f"{parameters / 1e6:.2f} M", "parameters"), (config.model.type, "model"), (config.model.head.type, "head"),
-        (str(config.model.horizon), f"steps a chunk, {config.execution.steps} executed"),
+        (str(config.model.horizon), f"steps a chunk, {again}"),
         (f"{contract.rate_hz:g} Hz", f"contract {contract.name}"),
         (size((path / "model.safetensors").stat().st_size), f"weights {weights}"),
     ]  # fmt: skip
@@ -80,7 +84,7 @@ def _limits(checkpoint: Checkpoint) -> list[str]:
     found = checkpoint.normalizer.statistics.get("action", {})
     if "min" not in found or "max" not in found:
         return []
-    contract = checkpoint.contract
+    contract, found = checkpoint.contract, _whole(found)
     margin = 1e-3 * (contract.action_high - contract.action_low)
     rows = zip(contract.action_names, found["min"], found["max"], contract.action_low - margin,
                contract.action_high + margin, strict=True)  # fmt: skip
@@ -119,16 +123,20 @@ def _has(checkpoint: Checkpoint, feature: str, *keys: str) -> bool:
 
 
 def _actions(checkpoint: Checkpoint) -> Table:
+    """A row for each entry; of plans, for each entry of each of their rows."""
     contract, normalizer = checkpoint.contract, checkpoint.normalizer
+    width, steps = len(contract.action_names), normalizer.plan_rows
     modes = normalizer.modes.modes_of("action", contract.action_names)
-    width = len(contract.action_names)
-    zero, low, high = (normalizer.unnormalize("action", np.full(width, float(x))) for x in (0, -1, 1))
-    found = normalizer.statistics.get("action", {})
+    shape = width if steps is None else (steps, width)
+    zero, low, high = (normalizer.unnormalize("action", np.full(shape, float(x))).ravel() for x in (0, -1, 1))
+    found = {key: np.ravel(values) for key, values in normalizer.statistics.get("action", {}).items()}
+    names = contract.action_names if steps is None else plan_names(contract, steps)
     rows = []
-    for i, name in enumerate(contract.action_names):
+    for i, name in enumerate(names):
         data = [number(found[key][i]) if key in found else "" for key in ("min", "max", "mean", "std")]
-        rows.append((name, contract.action_units[i], modes[i], f"{contract.action_low[i]:g}",
-                     f"{contract.action_high[i]:g}", *(number(x[i]) for x in (low, zero, high)), *data))  # fmt: skip
+        k = i % width
+        rows.append((name, contract.action_units[k], modes[k], f"{contract.action_low[k]:g}",
+                     f"{contract.action_high[k]:g}", *(number(x[i]) for x in (low, zero, high)), *data))  # fmt: skip
     head = ("entry", "unit", "mode", "low", "high", "-1", "0", "1", "data min", "max", "mean", "std")
     return Table(head, rows)
 
@@ -144,7 +152,7 @@ def _state(checkpoint: Checkpoint) -> Table:
 
 
 def _ranges(checkpoint: Checkpoint) -> bytes:
-    contract, found = checkpoint.contract, checkpoint.normalizer.statistics["action"]
+    contract, found = checkpoint.contract, _whole(checkpoint.normalizer.statistics["action"])
     return figures.ranges([
         (name, float(contract.action_low[i]), float(contract.action_high[i]),
          *(float(found[key][i]) for key in ("min", "q01", "q99", "max")))  # type: ignore[misc]
@@ -152,12 +160,24 @@ def _ranges(checkpoint: Checkpoint) -> bytes:
     ])  # fmt: skip
 
 
+def _whole(found: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Statistics of each entry over all rows of a plan, the widest of each; those of single actions as they are."""
+    rows = {key: np.asarray(values) for key, values in found.items() if key != "count"}
+    widest = {"min": np.min, "q01": np.min, "max": np.max, "q99": np.max}
+    return {key: values if values.ndim == 1 else widest.get(key, np.mean)(values, axis=0)
+            for key, values in rows.items()}  # fmt: skip
+
+
 def _mixture(checkpoint: Checkpoint, statistics: Statistics) -> Table:
     names = entry_names(checkpoint.config.observation, checkpoint.contract)
     keys = ("min", "q01", "mean", "q99", "max", "std")
-    rows = [(feature, name, *(number(found[key][i]) if key in found else "" for key in keys))
-            for feature, found in statistics.items() if feature in names
-            for i, name in enumerate(names[feature])]  # fmt: skip
+    rows = []
+    for feature in (name for name in statistics if name in names):
+        found = {key: np.asarray(values) for key, values in statistics[feature].items() if key in keys}
+        steps = next((len(values) for values in found.values() if values.ndim == 2), None)
+        entries = names[feature] if steps is None else plan_names(checkpoint.contract, steps)
+        rows += [(feature, name, *(number(found[key].ravel()[i]) if key in found else "" for key in keys))
+                 for i, name in enumerate(entries)]  # fmt: skip
     return Table(("feature", "entry", "min", "1 %", "mean", "99 %", "max", "std"), rows)
 
 

@@ -127,21 +127,38 @@ def _doubts(folder: LeRobotFolder, columns: Columns) -> list[str]:
     for name, values in columns.values.items():
         missing = name == STATE and columns.contract is not None  # NaN stands for what was masked there
         found += [] if missing else checks.not_finite(name, columns.names[name], values)
-        found += checks.spread(name, columns.names[name], values, starts) if name in seen else []
+        found += checks.spread(name, *_moving(columns, name), starts) if name in seen else []
         if folder.stats and name in folder.stats and np.isfinite(values).all():
             found += checks.stored(name, folder.stats[name], values)
     found += checks.episodes(columns.lengths, seen, starts)
     if ACTION in seen:
         found += checks.jumps(ACTION, columns.names[ACTION], seen[ACTION], starts)
-        if columns.contract is not None and seen[ACTION].shape[1] == len(columns.contract.action_names):
-            found += checks.limits(
-                columns.names[ACTION], seen[ACTION], columns.contract.action_low, columns.contract.action_high
-            )
+        limits = action_limits(columns)
+        if limits is not None:
+            found += checks.limits(columns.names[ACTION], seen[ACTION], *limits)
     if columns.contract is not None and (frames := folder.frames(["stamp_ns"])) is not None:
         found += checks.holes(frames.column("stamp_ns").to_numpy(), starts, columns.contract.step_ns)
     if any(not task.strip() for task in folder.tasks):
         found.append("an empty task: the instruction is missing")
     return found
+
+
+def action_limits(columns: Columns) -> tuple[np.ndarray, np.ndarray] | None:
+    """The contract's limits (D,) of the column of actions, where it is the contract's; those of a plan row by row."""
+    contract = columns.contract
+    if contract is None or ACTION not in columns.values:
+        return None
+    rows, rest = divmod(columns.values[ACTION].shape[1], len(contract.action_names))
+    if rest or (rows != 1 and not contract.plans):
+        return None
+    return np.tile(contract.action_low, rows), np.tile(contract.action_high, rows)
+
+
+def _moving(columns: Columns, name: str) -> tuple[tuple[str, ...], np.ndarray]:
+    """Names and values of a feature without the first row of plans, which is where the robot is."""
+    names, values = columns.names[name], columns.values[name]
+    first = len(columns.contract.action_names) if name == ACTION and columns.contract and columns.contract.plans else 0
+    return names[first:], values[:, first:]
 
 
 def _pictures(folder: LeRobotFolder, columns: Columns) -> Iterator[Frames]:

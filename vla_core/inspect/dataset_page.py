@@ -9,7 +9,7 @@ import numpy as np
 
 from vla_core.data.lerobot.reader import LeRobotFolder
 from vla_core.inspect import figures
-from vla_core.inspect.dataset import ACTION, STATE, Columns, Frames, conversion, tasks
+from vla_core.inspect.dataset import ACTION, STATE, Columns, Frames, action_limits, conversion, tasks
 from vla_core.inspect.report import Picture, Section, Table, number
 
 TRACED = 3  # episodes
@@ -73,15 +73,15 @@ def _caption(columns: Columns, feature: str) -> str:
 
 
 def _has_limits(columns: Columns, feature: str) -> bool:
-    return feature == ACTION and columns.contract is not None
+    return feature == ACTION and action_limits(columns) is not None
 
 
 def _distributions(columns: Columns, feature: str) -> bytes:
     values = dict(zip(columns.names[feature], columns.values[feature].T.astype(np.float64), strict=True))
     marks = {}
-    if columns.contract is not None and _has_limits(columns, feature):
-        limits = zip(columns.contract.action_low, columns.contract.action_high, strict=True)
-        marks = {name: list(pair) for name, pair in zip(values, limits, strict=False)}
+    limits = action_limits(columns) if feature == ACTION else None
+    if limits is not None:
+        marks = {name: list(pair) for name, pair in zip(values, zip(*limits, strict=True), strict=True)}
     return figures.histograms(values, "", marks)
 
 

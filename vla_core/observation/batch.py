@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from vla_core.errors import VlaError
-from vla_core.model.inputs import Masked, ModelInputs
+from vla_core.model.inputs import Masked, ModelInputs, Remembers
 from vla_core.model.vlm.text_encoder import PAD, HubTokenizer, WordTokenizer
 from vla_core.observation.builder import Observation, ObservationSpec
 from vla_core.observation.normalizer import Normalizer
@@ -61,11 +61,13 @@ def collate(
     tokenizer: Tokenizer,
     spec: ObservationSpec | None = None,
     floats: bool = True,
+    remembers: Remembers = "everything",
 ) -> ModelInputs:
     """Batch of observations of the same spec; what is missing is 0 and masked, and a missing picture is black.
 
     Without ``spec`` only images, state and instruction are taken, and a camera must be there in at least one of the
-    observations. ``floats`` as in :func:`make_inputs`.
+    observations. ``floats`` as in :func:`make_inputs`. ``remembers`` is what the model reads of past ticks, so that no
+    pictures and clouds are made ready for one that reads but their state.
     """
     seen = {name: pixels.shape for o in observations for name, pixels in o.images.items()}
     shapes = seen if spec is None else {name: (size.height, size.width, 3) for name, size in spec.images.items()}
@@ -90,7 +92,7 @@ def collate(
         sequences={name: _rows(name, [_window(o, name) for o in observations], normalizer) for name in spec.sequences},
         maps={name: _maps(name, [o.maps.get(name) for o in observations], normalizer) for name in spec.maps},
         intrinsics={name: _intrinsics([o.calibrations.get(name) for o in observations]) for name in spec.calibrations},
-        history=_history(observations, normalizer, tokenizer, spec, floats),
+        history=_history(observations, normalizer, tokenizer, _remembered(spec, remembers), floats),
     )
 
 
@@ -109,6 +111,12 @@ def _history(
     past = [tick for o in observations for tick in o.history]
     flat = collate(past, normalizer, tokenizer, dataclasses.replace(_without_motion(spec), history=1), floats)
     return flat.map(lambda tensor: tensor.unflatten(0, (len(observations), ticks)))
+
+
+def _remembered(spec: ObservationSpec, remembers: Remembers) -> ObservationSpec:
+    if remembers == "everything":
+        return spec
+    return ObservationSpec(state=spec.state, instruction=spec.instruction, history=spec.history)
 
 
 def _without_motion(spec: ObservationSpec) -> ObservationSpec:

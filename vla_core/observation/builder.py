@@ -90,7 +90,8 @@ class ObservationBuilder:
     """Samples a buffer at a tick, and refuses or masks what is missing or older than its contract allows.
 
     A stream with ``missing: refuse`` that is not there makes :meth:`build` raise :class:`Unobserved`, one with
-    ``mask`` is absent from the observation. In the history, what is before a stream's first message since the
+    ``mask`` is absent from the observation, unless it is one of the contract's ``any_of`` and all of them that the spec
+    sees are missing: that is refused too. In the history, what is before a stream's first message since the
     episode's start is masked, whatever the contract says: there was nothing to see.
     """
 
@@ -104,6 +105,7 @@ class ObservationBuilder:
             self.by_topic.setdefault(stream.topic, []).append(name)
         self._kinds = {name: (place, kind) for place, name, kind in spec.uses()}
         self._seen = tuple(name for _, name, _ in spec.uses())
+        self._any_of = tuple(name for name in contract.any_of if name in self._seen)
         self._quaternions = {
             name: quaternions(stream.names) for name, stream in self.streams.items() if stream.sampling == "interpolate"
         }
@@ -177,6 +179,13 @@ class ObservationBuilder:
             found = newest(buffer, name, stream, at_ns)
             if stream.missing == "refuse" and isinstance(found, str):
                 lines.append(f"{name} ({stream.topic}): {found}")
+        blind = {}
+        for name in self._any_of:
+            found = newest(buffer, name, self.streams[name], at_ns)
+            if isinstance(found, str):
+                blind[name] = f"{name} ({self.streams[name].topic}): {found}"
+        if self._any_of and len(blind) == len(self._any_of):
+            lines.append(self._blind(blind))
         return lines
 
     def masked(self, buffer: MemoryBuffer, at_ns: int) -> list[str]:
@@ -223,8 +232,14 @@ class ObservationBuilder:
             if cloud.ego_motion:
                 self._pick_moves(buffer, name, cloud.ego_motion, ticks, until_ns, missing)
         refused = [line for name, line in missing.items() if self.streams[name].missing == "refuse"]
+        if self._any_of and not any(name in ticks[0].picked for name in self._any_of):
+            refused.append(self._blind(missing))
         masked = [line for name, line in missing.items() if self.streams[name].missing == "mask"]
         return ticks, refused, masked
+
+    def _blind(self, missing: dict[str, str]) -> str:
+        """Why none of ``any_of`` is there."""
+        return f"any_of: at least one must be there of {'; '.join(missing[name] for name in self._any_of)}"
 
     def _pick_moves(self, buffer: MemoryBuffer, name: str, odometry: str, ticks: list[_Tick], until_ns: int,
                     missing: dict[str, str]) -> None:  # fmt: skip

@@ -20,12 +20,13 @@ from rosbags.typesys.store import Typestore
 
 from vla_core.contract import NANOSECONDS
 from vla_core.errors import VlaError
+from vla_core.observation.definitions import DEFINITIONS
 from vla_core.resources import share
 
 _LITTLE, _BIG = struct.Struct("<iI"), struct.Struct(">iI")  # a stamp's seconds and nanoseconds
 _COUNT = struct.Struct("<I")
 _JOINT_STATE = "sensor_msgs/msg/JointState"
-OWN_MESSAGES = ("ActionChunk", "Episode", "TrajectoryPoint", "Trajectory")
+OWN_MESSAGES = ("ActionChunk", "Episode", "Tick", "TrajectoryPoint", "Trajectory")
 
 
 class MessageError(VlaError):
@@ -48,8 +49,10 @@ class Message:
 
 @functools.cache
 def typestore() -> Typestore:
-    """The message types of ROS 2 Kilted and of this package; :func:`known_type` adds installed ones."""
+    """The message types of ROS 2 Kilted, ackermann_msgs and this package; :func:`known_type` adds installed ones."""
     store = get_typestore(Stores.ROS2_KILTED)
+    for name, text in DEFINITIONS["ackermann_msgs"].items():
+        store.register(get_types_from_msg(text, f"ackermann_msgs/msg/{name}"))
     for name in OWN_MESSAGES:
         text = share(f"msg/{name}.msg").read_text(encoding="utf-8")
         store.register(get_types_from_msg(text, f"vla_ros/msg/{name}"))

@@ -14,7 +14,7 @@ from vla_core.errors import VlaError, choices
 from vla_core.observation.spec import ObservationSpec
 
 Mode = Literal["mean_std", "min_max", "quantile", "none"]
-Statistics = dict[str, dict[str, list[float]]]
+Statistics = dict[str, dict[str, Any]]  # feature to key to numbers (D,), or (H, A) of actions that are plans
 
 COORDINATES = ("x", "y", "z")
 FEATURES = ("state", "action")
@@ -99,9 +99,16 @@ def entry_names(spec: ObservationSpec, contract: RobotContract) -> dict[str, tup
     }
 
 
-def compute_statistics(values: np.ndarray) -> dict[str, list[float]]:
-    """Statistics of ``values`` (N, D) per entry under the names that LeRobot uses: min, max, mean, std, count, q01 to
-    q99; ``std`` is that of the population."""
+def compute_statistics(values: np.ndarray) -> dict[str, Any]:
+    """Statistics of ``values`` per entry under the names that LeRobot uses: min, max, mean, std, count, q01 to q99.
+
+    Lists (D,) of values (N, D), and (H, A) of plans (N, H, A), whose far rows have other ranges than the near ones;
+    ``std`` is that of the population.
+    """
+    if values.ndim == 3:
+        flat = compute_statistics(values.reshape(len(values), -1))
+        shape = values.shape[1:]
+        return {k: v if k == "count" else np.reshape(v, shape).tolist() for k, v in flat.items()}
     if len(values) == 0 or not np.isfinite(values).all():
         raise StatisticsError(f"statistics need finite data, found {len(values)} rows of which "
                               f"{int((~np.isfinite(values)).any(-1).sum())} are not finite")  # fmt: skip
@@ -117,6 +124,9 @@ def compute_statistics(values: np.ndarray) -> dict[str, list[float]]:
 
 class Normalizer:
     """``normalize`` and ``unnormalize`` of ``state``, ``action`` and streams; arrays end in the feature's axis.
+
+    Where the statistics of actions are those of plans (H, A), each row of a chunk (..., h, A) is normalized by its own;
+    h may be less than H.
 
     ``columns`` are those of the clouds, sequences and maps that are seen, by stream (``model.vla.sizes.columns``);
     ``names`` those of the entries of state and action (:func:`entry_names`), without which no entry can be named.
@@ -146,7 +156,7 @@ class Normalizer:
 
     def normalize(self, name: str, values: np.ndarray) -> np.ndarray:
         """Physical units to model units, float32."""
-        shift, scale = self._affine[name]
+        shift, scale = self._scaling(name, values)
         normalized = (values.astype(np.float64) - shift) / scale
         if name in self._limits:
             normalized = np.clip(normalized, -self._limits[name], self._limits[name])
@@ -154,8 +164,24 @@ class Normalizer:
 
     def unnormalize(self, name: str, values: np.ndarray) -> np.ndarray:
         """Model units to physical units, float64."""
-        shift, scale = self._affine[name]
+        shift, scale = self._scaling(name, values)
         return values.astype(np.float64) * scale + shift
+
+    @property
+    def plan_rows(self) -> int | None:
+        """H where actions are normalized as plans, row by row; None where every row of a chunk is alike."""
+        shift, _ = self._affine["action"]
+        return len(shift) if shift.ndim == 2 else None
+
+    def _scaling(self, name: str, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Shift and scale of the rows that ``values`` has."""
+        shift, scale = self._affine[name]
+        if shift.ndim == 1:
+            return shift, scale
+        if values.ndim < 2 or values.shape[-2] > len(shift):
+            raise StatisticsError(f"{name}: values of shape {values.shape}, but the statistics are those of plans of "
+                                  f"{len(shift)} rows; expected (..., at most so many, {shift.shape[1]})")  # fmt: skip
+        return shift[: values.shape[-2]], scale[: values.shape[-2]]
 
     def warnings(self) -> list[str]:
         """What of state and action the normalization cannot do well, one line each; none where all is in order."""
@@ -164,6 +190,11 @@ class Normalizer:
     def _doubts(self, feature: str) -> list[str]:
         found = self.statistics.get(feature, {})
         modes = self._modes(feature)
+        shift, scale = self._affine[feature]
+        if shift.ndim == 2:  # of a plan: entry by entry of each row
+            modes = modes * len(shift) if len(modes) > 1 else modes
+            found = {key: value if key == "count" else np.ravel(value) for key, value in found.items()}
+            shift, scale = shift.ravel(), scale.ravel()
         lines = []
         for mode, keys in REQUIRED.items():
             if not keys or mode not in modes or any(key not in found for key in ("min", "max", *keys)):
@@ -174,11 +205,12 @@ class Normalizer:
             chosen = np.array([each == mode for each in (modes if len(modes) > 1 else modes * width)])
             still = chosen & (high == low)
             small = chosen & ~still & (raw < self.modes.floor)
-            shift, scale = self._affine[feature]
             reach = np.maximum(np.abs(low - shift), np.abs(high - shift)) / scale
             collapsed = small & (raw == 0)  # quantiles alone: where the others are 0, nothing moves
             far = chosen & ~still & ~collapsed & (reach > FAR)
             label = self._label(feature, width)
+            if self._affine[feature][0].ndim == 2:
+                still[: len(self._affine[feature][0][0])] = False  # a plan begins where the robot is
             if still.any():
                 lines.append(f"{feature}: {label(still)} never moves in the data, so nothing can be learned of it")
             if collapsed.any():
@@ -198,6 +230,8 @@ class Normalizer:
 
     def _label(self, feature: str, width: int) -> Any:
         names = self.names.get(feature) or tuple(f"entry {i}" for i in range(width))
+        if len(names) < width:
+            names = tuple(f"{name} of row {row}" for row in range(width // len(names)) for name in names)
 
         def label(chosen: np.ndarray) -> str:
             listed = [name for name, is_chosen in zip(names, chosen, strict=True) if is_chosen]
@@ -219,13 +253,14 @@ class Normalizer:
         if len(modes) == 1:
             return fits[modes[0]]
         for shift, _ in fits.values():
-            if len(shift) != len(modes):
-                raise StatisticsError(f"statistics of {feature!r} have {len(shift)} entries, not {len(modes)}: "
+            if shift.shape[-1] != len(modes):
+                raise StatisticsError(f"statistics of {feature!r} have {shift.shape[-1]} entries, not {len(modes)}: "
                                       f"{', '.join(self.names[feature])}")  # fmt: skip
-        shifts, scales = np.zeros(len(modes)), np.ones(len(modes))
+        shape = next(iter(fits.values()))[0].shape
+        shifts, scales = np.zeros(shape), np.ones(shape)
         for i, mode in enumerate(modes):
             if mode != "none":
-                shifts[i], scales[i] = (part[i] for part in fits[mode])
+                shifts[..., i], scales[..., i] = (part[..., i] for part in fits[mode])
         return shifts, scales
 
     def _limit(self, feature: str, value: float) -> np.ndarray:
@@ -287,7 +322,7 @@ def check_modes(normalization: Normalization, head: Any) -> None:
 
 
 def _center_and_scale(found: Mapping[str, list[float]], mode: Mode) -> tuple[np.ndarray, np.ndarray]:
-    """What is subtracted and divided by, each (D,) float64, before the floor."""
+    """What is subtracted and divided by, each (D,) or (H, A) float64, before the floor."""
     first, second = (np.asarray(found[key], dtype=np.float64) for key in REQUIRED[mode])
     return (first, second) if mode == "mean_std" else (first / 2 + second / 2, second / 2 - first / 2)
 

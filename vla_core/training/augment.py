@@ -6,7 +6,7 @@ Legend: B samples of this batch, N samples of the global batch that it is a part
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -22,7 +22,7 @@ from vla_core.model.inputs import Masked, ModelInputs
 GREY = (0.299, 0.587, 0.114)  # luma of ITU-R BT.601
 ERASED = (0.1, 0.4)  # sides of an erased rectangle, as a share of the picture's
 DRAWS = 14  # uniform numbers of a picture; all are drawn whatever is asked for, so that options do not move each other
-STATE, IMAGES = 0, 1  # streams of random numbers
+STATE, IMAGES, LOST = 0, 1, 10_000  # streams of random numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,12 +55,34 @@ class ImageAugmentation:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SensorLoss:
+    """Streams that are lost together with a ``probability`` in a sample, such as all cameras.
+
+    Cameras, clouds, sequences and maps by their names; ``state`` is the whole state.
+    """
+
+    streams: tuple[str, ...]
+    probability: float
+
+    def __post_init__(self) -> None:
+        if not self.streams:
+            raise ConfigError("streams: expected at least one, found none")
+        if not 0 < self.probability < 1:
+            raise ConfigError(f"probability: expected above 0 and below 1, found {self.probability}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Augmentation:
-    """``images`` is done to every camera but those in ``cameras``; ``state_noise`` is a deviation, normalized."""
+    """``images`` is done to every camera but those in ``cameras``; ``state_noise`` is a deviation, normalized.
+
+    ``dropout`` takes sensors away, so that a policy learns to do without: a sample then looks as it does on a robot
+    that has lost them, in its past ticks too. Each group is drawn by itself.
+    """
 
     images: ImageAugmentation = field(default_factory=ImageAugmentation)
     cameras: dict[str, ImageAugmentation] = field(default_factory=dict)
     state_noise: float = 0.0
+    dropout: tuple[SensorLoss, ...] = ()
 
     def __post_init__(self) -> None:
         if not 0 <= self.state_noise < float("inf"):
@@ -71,11 +93,13 @@ class Augmentation:
         return self.cameras.get(camera, self.images)
 
 
-def augment(batch: Batch, options: Augmentation, seed: int) -> Batch:
+def augment(batch: Batch, options: Augmentation, seed: int, any_of: Sequence[str] = ()) -> Batch:
     """``batch`` augmented: a pure function of ``seed``, the batch's step and each sample's place in the global batch.
 
     A run that goes on, or several processes that share a batch, thus see what one unbroken process sees. The past
     ticks of a sample are moved and coloured as its newest one; the intrinsics follow.
+
+    Of the streams ``any_of``, of which a robot needs at least one (:class:`RobotContract`), dropout leaves one.
     """
     inputs = batch.inputs
     unknown = [name for name in options.cameras if name not in inputs.images]
@@ -93,7 +117,7 @@ def augment(batch: Batch, options: Augmentation, seed: int) -> Batch:
         images[name] = _masked(change.pixels(pixels), inputs.image_mask[name])
         if name in intrinsics:
             intrinsics[name] = change.intrinsics(intrinsics[name])
-        if past is not None:
+        if past is not None and name in past_images:
             past_images[name] = _ticks(past.images[name], past.image_mask[name], change)
             if name in past_intrinsics:
                 past_intrinsics[name] = _tick_intrinsics(past_intrinsics[name], change)
@@ -104,7 +128,78 @@ def augment(batch: Batch, options: Augmentation, seed: int) -> Batch:
         rng = _rng(seed, batch.step, STATE)
         changed = _noisy(changed, batch, options.state_noise, rng)
         past = None if past is None else _noisy(past, batch, options.state_noise, rng)
+    if options.dropout:
+        lost = _lost(inputs, batch, options.dropout, any_of, _rng(seed, batch.step, LOST))
+        changed = without(changed, lost)
+        past = None if past is None else without(past, lost)
     return batch._replace(inputs=dataclasses.replace(changed, history=past))
+
+
+def without(inputs: ModelInputs, lost: Mapping[str, Tensor]) -> ModelInputs:
+    """``inputs`` in which streams are missing in some samples, as :func:`vla_core.observation.batch.collate` has it.
+
+    ``lost``: stream, or ``state``, to (B,) bool.
+    """
+
+    def gone(found: dict[str, Masked]) -> dict[str, Masked]:
+        return {
+            name: Masked(_zero(found.values, lost[name]), _zero(found.mask, lost[name])) if name in lost else found
+            for name, found in found.items()
+        }
+
+    images, masks = dict(inputs.images), dict(inputs.image_mask)
+    for name in images.keys() & lost.keys():
+        images[name], masks[name] = (_zero(part[name], lost[name]) for part in (images, masks))
+    state, state_mask = inputs.state, inputs.state_mask
+    if "state" in lost:
+        state, state_mask = _zero(state, lost["state"]), _zero(state_mask, lost["state"])
+    return dataclasses.replace(
+        inputs, images=images, image_mask=masks, state=state, state_mask=state_mask, clouds=gone(inputs.clouds),
+        sequences=gone(inputs.sequences), maps=gone(inputs.maps), intrinsics=gone(inputs.intrinsics),
+    )  # fmt: skip
+
+
+def _zero(values: Tensor, lost: Tensor) -> Tensor:
+    """``values`` (B, ...) with 0, or False, in the rows of ``lost`` (B,)."""
+    return values.masked_fill(lost.view(-1, *(1,) * (values.dim() - 1)), 0)
+
+
+def _lost(
+    inputs: ModelInputs, batch: Batch, groups: Sequence[SensorLoss], any_of: Sequence[str], rng: np.random.Generator
+) -> dict[str, Tensor]:
+    """Stream to (B,) bool."""
+    there = _there(inputs)
+    for number, group in enumerate(groups):
+        for name in group.streams:
+            if name not in there:
+                raise ConfigError(f"augment.dropout.{number}.streams: no stream {name!r}; choices: {choices(there)}")
+    drawn = torch.from_numpy(_part(batch, rng.random((_total(batch), len(groups)), dtype=np.float32)))
+    drawn = drawn.to(inputs.tokens.device) / torch.tensor([g.probability for g in groups], device=inputs.tokens.device)
+    chosen = drawn < 1  # (B, G)
+    needed = [name for name in any_of if name in there]
+    held = torch.tensor([[name in g.streams for name in needed] for g in groups], device=chosen.device)  # (G, needed)
+    if needed and held.any():
+        known = torch.stack([there[name] for name in needed], dim=1)  # (B, needed)
+        blind = known.any(dim=1) & ~(known & ~_taken(chosen, held)).any(dim=1)
+        # The stream that was nearest to being kept is kept, and with it all groups that would take it.
+        last = torch.where(known[:, None] & held & chosen[..., None], drawn[..., None], -1.0).amax(dim=1).argmax(dim=1)
+        chosen = chosen & ~(blind[:, None] & held.T[last])
+    return {
+        name: torch.stack([chosen[:, k] for k, g in enumerate(groups) if name in g.streams]).any(dim=0)
+        for name in dict.fromkeys(name for group in groups for name in group.streams)
+    }
+
+
+def _taken(chosen: Tensor, held: Tensor) -> Tensor:
+    """Which streams (B, n) the groups ``chosen`` (B, G) take, of those that they have, ``held`` (G, n)."""
+    return (chosen[..., None] & held).any(dim=1)
+
+
+def _there(inputs: ModelInputs) -> dict[str, Tensor]:
+    """Of every stream whether it is there (B,)."""
+    found = {name: sensor.mask.flatten(1).any(dim=1) if sensor.mask.dim() > 1 else sensor.mask
+             for part in (inputs.clouds, inputs.sequences, inputs.maps) for name, sensor in part.items()}  # fmt: skip
+    return {**inputs.image_mask, **found, "state": inputs.state_mask}
 
 
 class _Change:

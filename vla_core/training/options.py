@@ -80,7 +80,7 @@ class Training:
         ``compile``                 ``torch.compile`` of the training step
         ``distributed``             how several processes (``torchrun``) share the model: a copy each, or its shards
     Augmentation
-        ``augment``                       of the pictures and the state
+        ``augment``                       of the pictures and the state, and sensors that are lost (``dropout``)
         ``image_shift``, ``state_noise``  short for ``augment.images.shift`` (pixels) and ``augment.state_noise``
     Measurements
         ``validate_every``    steps from one held-out loss to the next

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from vla_core.contract import ContractError, RobotContract
@@ -78,9 +79,10 @@ def build_sources(recipe: Recipe, datasets: Sequence[Dataset], validation: Seque
     tokenizer = kind.tokenizer(recipe.model, list(dict.fromkeys(text for data in trained for text in data.tasks)))
     normalizers = [_normalizer(recipe, data) for data in trained]
     notes += [f"{d.name}: {line}" for d, n in zip(trained, normalizers, strict=True) for line in n.warnings()]
-    parts = [Batches(d, recipe.model.horizon, n, tokenizer) for d, n in zip(trained, normalizers, strict=True)]
+    shape = partial(Batches, horizon=recipe.model.horizon, tokenizer=tokenizer, remembers=kind.remembers)
+    parts = [shape(d, normalizer=n) for d, n in zip(trained, normalizers, strict=True)]
     rest_parts = [
-        Batches(d, recipe.model.horizon, n, tokenizer)
+        shape(d, normalizer=n)
         for d, n in zip(held_out, normalizers, strict=True) if d is not None
     ]  # fmt: skip
     weights = [recipe.data.weights.get(name, 1.0) for name in names] if recipe.data.weights else None

@@ -23,6 +23,7 @@ from vla_core.config import to_dict
 from vla_core.data.batches import Batch
 from vla_core.data.dataset import Dataset
 from vla_core.data.loader import Loader
+from vla_core.errors import VlaError
 from vla_core.model.action_head import base
 from vla_core.model.vla import build_model
 from vla_core.runtime.policy import Policy
@@ -143,7 +144,7 @@ class _Run:
             if saved is None else saved.checkpoint().model.train()
         )  # fmt: skip
         if options.gradient_checkpointing:
-            _recompute(self.model)
+            self._recompute()
         self.config = PolicyConfig(model=self.model.config, observation=recipe.observation,
                                    normalization=recipe.normalization, execution=recipe.execution,
                                    provenance=provenance)  # fmt: skip
@@ -216,7 +217,7 @@ class _Run:
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=processes.device)
         for number, part in enumerate(parts):
-            part = augment(part, options.augmentation, options.seed)
+            part = augment(part, options.augmentation, options.seed, self.sources.contract.any_of)
             with processes.unsynchronized(self.placed, number + 1 == len(parts)):
                 loss = self.placed(part.inputs, part.actions, part.mask, noise(seed, part, processes.device))
                 # Gradients are averaged over processes: so weighted, the average is that of all known steps.
@@ -298,6 +299,12 @@ class _Run:
     def _saves(self, step: int) -> bool:
         return self.folder is not None and self._due(step, self.options.save_every)
 
+    def _recompute(self) -> None:
+        try:
+            self.model.enable_gradient_checkpointing()
+        except VlaError as error:
+            raise TrainingError(f"training.gradient_checkpointing: {error}; set it to false") from None
+
     def _due(self, step: int, every: int) -> bool:
         return (step + 1) % every == 0 or step + 1 == self.options.steps
 
@@ -305,8 +312,7 @@ class _Run:
         """Figures of the weights that a checkpoint would have now; the best ones are kept."""
         options, processes, held_out = self.options, self.processes, self.sources.held_out
         figures = {"memory/peak_mb": peak_mb(processes.device)}
-        if hasattr(self.model, "prefix_cache"):  # gathering shards changes weights without torch's counting it
-            self.model.prefix_cache.clear()
+        self.model.forget()  # gathering shards changes weights without torch's counting it
         with self._handed_out():
             if held_out is not None and self._validates(step):
                 figures["validation/loss"] = held_out_loss(self.placed, held_out, processes, options.validation_batch)
@@ -406,13 +412,6 @@ class _Run:
                                 f"training.learning_rate ({self.options.learning_rate})")  # fmt: skip
         return Result(self._checkpoint(model), self.seconds, self.loss, self.measured.get("validation/loss"),
                       self.measured)  # fmt: skip
-
-
-def _recompute(model: Any) -> None:
-    if not hasattr(model, "enable_gradient_checkpointing"):
-        raise TrainingError(f"training.gradient_checkpointing: a model of type {model.config.type!r} has nothing that "
-                            "could be recomputed; set it to false")  # fmt: skip
-    model.enable_gradient_checkpointing()
 
 
 class _Weights:

@@ -387,7 +387,7 @@ def test_config_and_inputs_that_make_no_sense() -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             dataclasses.replace(GRID, **changes)  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match=r"patch: expected a divisor of the grid's cells \(16, 8\), found 3"):
+    with pytest.raises(ConfigError, match=r"patch: expected a divisor of the map's cells \(16, 8\), found 3"):
         dataclasses.replace(SMALL, patch=3)
     with pytest.raises(ConfigError, match="depth_m: expected a near and a far depth"):
         dataclasses.replace(SMALL, depth_m=(0.0, 5.0))

@@ -8,9 +8,10 @@ Shapes: B batch, K cameras, (h, w) cells of a camera's feature map, Z depth bins
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from vla_core.config import ConfigError
 from vla_core.errors import VlaError, choices
 from vla_core.model.checks import at_least_one
 from vla_core.model.sensor.base import point_set, shared_mlp
+from vla_core.model.sensor.bev_tower import Tower, conv_layer
 from vla_core.model.tokens import Tokens
 
 
@@ -77,16 +79,20 @@ def splat(values: Tensor, cells: Cells, count: int, reduce: Literal["sum", "mean
     """
     batch, _, width = values.shape
     index = _rows(cells, count)
-    flat, rows = values.float().flatten(0, 1), batch * (count + 1)
-    if reduce == "max":
-        total = flat.new_zeros(rows, width)
-        total = total.scatter_reduce(0, index.view(-1, 1).expand(-1, width), flat, "amax", include_self=False)
-    else:
-        total = flat.new_zeros(rows, width).index_add(0, index.flatten(), flat)
-    if reduce == "mean":
-        points = flat.new_zeros(rows).index_add(0, index.flatten(), torch.ones_like(flat[:, 0]))
-        total = total / points.clamp(min=1)[:, None]
+    total = _by_row(values.float().flatten(0, 1), index.flatten(), batch * (count + 1), reduce)
     return total.view(batch, count + 1, width)[:, :count].to(values.dtype)
+
+
+def _by_row(values: Tensor, index: Tensor, rows: int, reduce: Literal["sum", "mean", "max"]) -> Tensor:
+    """The sum, mean or maximum (rows, D) of ``values`` (M, D) of the same ``index`` (M,); 0 where there is none."""
+    total = values.new_zeros(rows, values.shape[1])
+    if reduce == "max":
+        return total.scatter_reduce(0, index[:, None].expand_as(values), values, "amax", include_self=False)
+    total = total.index_add(0, index, values)
+    if reduce == "mean":
+        points = values.new_zeros(rows).index_add(0, index, torch.ones_like(values[:, 0]))
+        total = total / points.clamp(min=1)[:, None]
+    return total
 
 
 def splat_rays(shares: Tensor, context: Tensor, cells: Cells, count: int) -> Tensor:
@@ -230,30 +236,41 @@ class Pillars(nn.Module):
         self.reduce: Literal["mean", "max"] = reduce
         self.mlp = shared_mlp(cloud.columns + cloud.axes, (width, width))
 
-    def forward(self, points: PointSet, grid: GridConfig) -> Tensor:
-        """The map (B, width, X, Y)."""
+    def forward(self, points: PointSet | Sequence[PointSet], grid: GridConfig) -> Tensor:
+        """The map (B, width, X, Y) of one sensor's points, or of those of several together."""
+        sets = [points] if isinstance(points, PointSet) else points
+        found = [self._placed(each) for each in sets]
+        values, mask, places = (torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
+        cells, count = locate(places, mask, grid), grid.shape[0] * grid.shape[1]
+        rows = _rows(cells, count).flatten()
+        # Most points of a sweep may lie beyond the grid, or be padding: only the others are described.
+        kept = cells.inside.flatten().nonzero()[:, 0]
+        rows, places, values = rows[kept], places.flatten(0, 1)[kept], values.flatten(0, 1)[kept]
+        total = len(mask) * (count + 1)
+        mean = _by_row(places, rows, total, "mean")[rows]
+        number = rows % (count + 1)
+        x = number // grid.shape[1] * grid.resolution_m + (grid.x_m[0] + grid.resolution_m / 2)
+        y = number % grid.shape[1] * grid.resolution_m + (grid.y_m[0] + grid.resolution_m / 2)
+        offset = places[:, :2] - torch.stack([x, y], dim=-1)
+        described = torch.cat([offset, places - mean, places[:, 2:], values[:, self.cloud.axes :]], dim=-1)
+        features = self.mlp(described.to(next(self.parameters()).dtype))  # (M, width)
+        flat = _by_row(features.float(), rows, total, self.reduce).view(len(mask), count + 1, -1)[:, :count]
+        return _as_map(flat.to(features.dtype), grid)
+
+    def _placed(self, points: PointSet) -> tuple[Tensor, Tensor, Tensor]:
+        """Values, their mask, and where they are: (B, N, 3), or (B, N, 2) of points at the sensor's own height."""
         if points.values.shape[-1] != self.cloud.columns:
             raise VlaError(f"points of {points.values.shape[-1]} columns; this map was made for {self.cloud.columns}")
         values, mask = point_set(points.values.float(), points.mask)
-        places = self._places(values, points.sensor_to_ego.float())
-        cells, count = locate(places, mask, grid), grid.shape[0] * grid.shape[1]
-        mean = splat(places, cells, count, "mean").gather(1, cells.number[..., None].expand_as(places))
-        x = cells.number // grid.shape[1] * grid.resolution_m + (grid.x_m[0] + grid.resolution_m / 2)
-        y = cells.number % grid.shape[1] * grid.resolution_m + (grid.y_m[0] + grid.resolution_m / 2)
-        offset = places[..., :2] - torch.stack([x, y], dim=-1)
-        described = torch.cat([offset, places - mean, places[..., 2:], values[..., self.cloud.axes :]], dim=-1)
-        described = torch.where(cells.inside[..., None], described, 0.0).to(next(self.parameters()).dtype)
-        return _as_map(splat(self.mlp(described), cells, count, self.reduce), grid)
-
-    def _places(self, values: Tensor, sensor_to_ego: Tensor) -> Tensor:
-        """(B, N, 3), or (B, N, 2) of points taken to be at the sensor's own height."""
+        sensor_to_ego = points.sensor_to_ego.float()
         if self.cloud.has_height:
-            return transform(values[..., :3], sensor_to_ego)
+            return values, mask, transform(values[..., :3], sensor_to_ego)
         level = torch.cat([values[..., :2], torch.zeros_like(values[..., :1])], dim=-1)
-        return transform(level, sensor_to_ego)[..., :2]
+        return values, mask, transform(level, sensor_to_ego)[..., :2]
 
 
 def _as_map(flat: Tensor, grid: GridConfig) -> Tensor:
+    """(B, cells, D) as (B, D, X, Y): channels last in memory, which convolutions like."""
     return flat.transpose(1, 2).unflatten(2, grid.shape)
 
 
@@ -262,7 +279,11 @@ class BEVConfig:
     """Sizes of :class:`BEVEncoder`.
 
     ``depth_m`` from the nearest to the farthest, along the optical axis; ``reduce`` is how points of a cell become one;
-    a token covers ``patch`` x ``patch`` cells.
+    ``source_width`` are the channels of each source's map, null: ``width``, which the ``mix_layers`` convolutions of
+    all of them have. ``stages`` are the widths of further stages, each of which halves the map (:class:`Tower`).
+
+    ``output``: ``patches`` are tokens that cover ``patch`` x ``patch`` cells of what then is the map; ``global`` are
+    ``global_tokens`` that see all of it and where everything is; ``both`` the global ones and then the others.
     """
 
     type: Literal["bev"] = "bev"
@@ -271,64 +292,120 @@ class BEVConfig:
     depth_m: tuple[float, float] = (1.0, 60.0)
     depth_bins: int = 59
     reduce: Literal["mean", "max"] = "max"
+    source_width: int | None = None
+    mix_layers: int = 2
+    stages: tuple[int, ...] = ()
+    output: Literal["patches", "global", "both"] = "patches"
     patch: int = 16
+    global_tokens: int = 1
     output_dim: int = 256
 
     def __post_init__(self) -> None:
-        at_least_one(self, "width", "depth_bins", "patch", "output_dim")
+        at_least_one(self, "width", "depth_bins", "mix_layers", "patch", "global_tokens", "output_dim")
+        if self.stages:
+            at_least_one(self, "stages")
+        if self.source_width is not None:
+            at_least_one(self, "source_width")
         if not 0 < self.depth_m[0] < self.depth_m[1]:
             raise ConfigError(
                 f"depth_m: expected a near and a far depth, found {self.depth_m[0]} and {self.depth_m[1]}"
             )
-        if self.grid.shape[0] % self.patch or self.grid.shape[1] % self.patch:
-            raise ConfigError(f"patch: expected a divisor of the grid's cells {self.grid.shape}, found {self.patch}")
+        if any(cells % 2 ** len(self.stages) for cells in self.grid.shape):
+            raise ConfigError(f"stages: {len(self.stages)} of them halve the grid's cells {self.grid.shape}, which must "
+                              f"be multiples of {2 ** len(self.stages)}")  # fmt: skip
+        if self.output != "global" and any(cells % self.patch for cells in self.shape):
+            raise ConfigError(f"patch: expected a divisor of the map's cells {self.shape}, found {self.patch}")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Cells of the map after the last stage, along x and along y."""
+        x, y = (cells // 2 ** len(self.stages) for cells in self.grid.shape)
+        return x, y
+
+    @property
+    def last_width(self) -> int:
+        """Channels of the map after the last stage."""
+        return self.stages[-1] if self.stages else self.width
 
 
 class BEVEncoder(nn.Module):
     """Cameras and clouds to one map of the surroundings, and its patches as tokens.
 
-    Where a source is missing, its map is an embedding that is learned for it; with no source there, all tokens are
-    masked.
+    A source of several sensors' points, such as radars all round, has one map of all of them. Where a source is
+    missing, its map is an embedding that is learned for it; with no source there, all tokens are masked.
     """
 
     Config = BEVConfig
 
     def __init__(
-        self, config: BEVConfig, *, camera_dim: int | None = None, clouds: Mapping[str, CloudColumns] | None = None
+        self,
+        config: BEVConfig,
+        *,
+        camera_dim: int | None = None,
+        clouds: Mapping[str, CloudColumns] | None = None,
+        condition_dim: int | None = None,
     ) -> None:
-        """``camera_dim`` are the channels of the cameras' feature maps, None without cameras; ``clouds`` by name."""
+        """``camera_dim`` are the channels of the cameras' feature maps, None without cameras; ``clouds`` by name.
+
+        With ``condition_dim`` the stages are modulated by a condition, such as an instruction.
+        """
         super().__init__()
         clouds = dict(clouds or {})
         if camera_dim is None and not clouds:
             raise VlaError("a bird's eye view of nothing; expected cameras or clouds")
+        if condition_dim is not None and not config.stages:
+            raise VlaError("a bird's eye view without stages has nothing that a condition could modulate")
         self.config = config
         self.output_dim = config.output_dim
         self.names = (*(() if camera_dim is None else ("cameras",)), *clouds)
+        source = config.source_width or config.width
         if camera_dim is not None:
             self.lift_splat = LiftSplat(
-                camera_dim=camera_dim, width=config.width, depth_m=config.depth_m, depth_bins=config.depth_bins
+                camera_dim=camera_dim, width=source, depth_m=config.depth_m, depth_bins=config.depth_bins
             )
         self.pillars = nn.ModuleDict(
-            {name: Pillars(cloud, width=config.width, reduce=config.reduce) for name, cloud in clouds.items()}
+            {name: Pillars(cloud, width=source, reduce=config.reduce) for name, cloud in clouds.items()}
         )
-        self.absent = nn.Parameter(torch.zeros(len(self.names), config.width))
-        self.mix = nn.Sequential(*_layer(len(self.names) * config.width, config.width),
-                                 *_layer(config.width, config.width))  # fmt: skip
-        self.tokens = nn.Conv2d(config.width, config.output_dim, config.patch, stride=config.patch)
-        patches = [cells // config.patch for cells in config.grid.shape]
-        self.place = nn.Parameter(0.02 * torch.randn(patches[0] * patches[1], config.output_dim))
+        self.absent = nn.Parameter(torch.zeros(len(self.names), source))
+        widths = (len(self.names) * source, *(config.width,) * config.mix_layers)
+        self.mix = nn.Sequential(*(part for pair in pairwise(widths) for part in conv_layer(*pair)))
+        self.tower = Tower(config.width, config.stages, condition_dim)
+        cells = config.shape[0] * config.shape[1]
+        if config.output != "patches":
+            self.whole = nn.Linear(config.last_width * cells, config.global_tokens * config.output_dim)
+        if config.output != "global":
+            self.tokens = nn.Conv2d(config.last_width, config.output_dim, config.patch, stride=config.patch)
+            self.place = nn.Parameter(0.02 * torch.randn(cells // config.patch**2, config.output_dim))
 
-    def forward(self, cameras: Cameras | None = None, clouds: Mapping[str, PointSet] | None = None) -> Tokens:
-        """Tokens (B, X Y / patch^2, output_dim), row by row; every source of the encoder must be given."""
+    def forward(
+        self,
+        cameras: Cameras | None = None,
+        clouds: Mapping[str, PointSet | Sequence[PointSet]] | None = None,
+        condition: Tensor | None = None,
+    ) -> Tokens:
+        """Tokens (B, N, output_dim), patches row by row; every source of the encoder must be given.
+
+        ``condition`` is (B, condition_dim).
+        """
         maps, there = self._sources(cameras, clouds or {})
-        patches = self.tokens(self._mixed(maps, there)).flatten(2).transpose(1, 2)
-        return Tokens(patches + self.place, there.any(dim=1, keepdim=True).expand(patches.shape[:2]))
+        above = self.tower(self._mixed(maps, there), condition)
+        parts = []
+        if self.config.output != "patches":
+            parts.append(self.whole(above.flatten(1)).unflatten(1, (self.config.global_tokens, -1)))
+        if self.config.output != "global":
+            parts.append(self.tokens(above).flatten(2).transpose(1, 2) + self.place)
+        values = torch.cat(parts, dim=1)
+        return Tokens(values, there.any(dim=1, keepdim=True).expand(values.shape[:2]))
 
-    def map(self, cameras: Cameras | None = None, clouds: Mapping[str, PointSet] | None = None) -> Tensor:
-        """The map (B, width, X, Y) that the tokens are made of."""
+    def map(
+        self, cameras: Cameras | None = None, clouds: Mapping[str, PointSet | Sequence[PointSet]] | None = None
+    ) -> Tensor:
+        """The map (B, width, X, Y) that the stages and the tokens are made of."""
         return self._mixed(*self._sources(cameras, clouds or {}))
 
-    def _sources(self, cameras: Cameras | None, clouds: Mapping[str, PointSet]) -> tuple[list[Tensor], Tensor]:
+    def _sources(
+        self, cameras: Cameras | None, clouds: Mapping[str, PointSet | Sequence[PointSet]]
+    ) -> tuple[list[Tensor], Tensor]:
         """One map a source, and which of them are there (B, sources) bool."""
         given = {*(() if cameras is None else ("cameras",)), *clouds}
         if given != set(self.names):
@@ -338,16 +415,14 @@ class BEVEncoder(nn.Module):
             maps.append(self.lift_splat(cameras, self.config.grid))
             there.append(cameras.mask.any(dim=1))
         for name, pillars in self.pillars.items():
-            maps.append(pillars(clouds[name], self.config.grid))
-            there.append(clouds[name].mask.any(dim=1))
+            found = clouds[name]
+            sets = [found] if isinstance(found, PointSet) else list(found)
+            maps.append(pillars(sets, self.config.grid))
+            there.append(torch.stack([points.mask.any(dim=1) for points in sets]).any(dim=0))
         return maps, torch.stack(there, dim=1)
 
     def _mixed(self, maps: list[Tensor], there: Tensor) -> Tensor:
-        known = torch.stack(maps, dim=1)  # (B, sources, width, X, Y)
-        known = torch.where(there[..., None, None, None], known, self.absent[..., None, None])
-        mixed: Tensor = self.mix(known.flatten(1, 2))
+        # The map of what is missing is 0, so that its embedding can be added.
+        absent = torch.where(there[..., None], 0.0, self.absent).flatten(1)  # (B, sources width)
+        mixed: Tensor = self.mix(torch.cat(maps, dim=1) + absent[..., None, None])
         return mixed
-
-
-def _layer(width_in: int, width: int) -> tuple[nn.Module, ...]:
-    return nn.Conv2d(width_in, width, 3, padding=1), nn.GroupNorm(1, width), nn.ReLU()

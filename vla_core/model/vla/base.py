@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vla_core.errors import VlaError, choices
 from vla_core.model.action_head.guidance import ChunkPrefix
-from vla_core.model.inputs import ModelInputs
+from vla_core.model.inputs import ModelInputs, Remembers
 
 
 class PolicyModel(nn.Module):
@@ -19,12 +19,13 @@ class PolicyModel(nn.Module):
 
     ``Recipe`` has the free choices, and its ``config(**sizes)`` returns a ``Config``: the choices and the sizes that
     follow from the robot and the data (``model.vla.sizes``). Both have ``horizon`` and ``head``. ``sees`` are the
-    places of an observation spec that the model takes.
+    places of an observation spec that the model takes, ``remembers`` what it reads of past ticks.
     """
 
     Config: type[Any]
     Recipe: type[Any]
     sees: tuple[str, ...] = ("images", "state", "instruction")
+    remembers: Remembers = "everything"
     config: Any
 
     @staticmethod
@@ -41,6 +42,13 @@ class PolicyModel(nn.Module):
     def predict(self, inputs: ModelInputs, generator: torch.Generator | None = None,
                 prefix: ChunkPrefix | None = None) -> Tensor:  # fmt: skip
         """Return the chunk (B, H, A) in normalized action units, continuing ``prefix`` where one is given."""
+
+    def forget(self) -> None:
+        """Drop what is kept from one call to the next: the weights may have changed. Most models keep nothing."""
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Recompute activations in the backward pass; raises :class:`VlaError` where nothing can be."""
+        raise VlaError(f"a model of type {self.config.type!r} has nothing that could be recomputed")
 
 
 MODEL_REGISTRY: dict[str, type[Any]] = {}

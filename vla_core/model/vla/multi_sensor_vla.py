@@ -19,7 +19,7 @@ from vla_core.model.fusion.sensor_fusion import FUSION_REGISTRY, CrossModalConfi
 from vla_core.model.inputs import Masked, ModelInputs
 from vla_core.model.sensor import SENSOR_REGISTRY, build_sensor
 from vla_core.model.sensor.bev import BEVConfig, BEVEncoder, Cameras, CloudColumns, PointSet
-from vla_core.model.tokens import Tokens
+from vla_core.model.tokens import Tokens, masked_mean
 from vla_core.model.vla.base import MODEL_REGISTRY
 from vla_core.model.vla.vla_model import PARTS, VLAConfig, VLAModel, VLARecipe, _values
 
@@ -33,6 +33,10 @@ class MultiSensorRecipe(VLARecipe):
 
     ``sensors``     an encoder for each cloud, sequence or map, by the stream's name
     ``bev``         the bird's eye view, of the cameras whose calibration is seen and of ``bev_clouds``
+    ``bev_merged``  clouds of the same columns that are one of ``bev_clouds`` together, by its name: radars all round
+    ``conditioned`` the instruction and the state modulate the stages of ``bev``
+    ``summary``     the readout tokens begin as a summary of the fused tokens, the instruction and the state: a way to
+                    the head that needs no attention to be learned first
     ``fusion``      of ``vision``, the streams of ``sensors`` and ``bev``
     ``mounts``      where a sensor is in the robot's base frame, by stream: x, y, z in m and the quaternion x, y, z, w;
                     of a camera its optical frame. The bird's eye view needs those of its sources
@@ -42,6 +46,9 @@ class MultiSensorRecipe(VLARecipe):
     sensors: dict[str, Annotated[Any, SENSOR_REGISTRY]] = field(default_factory=dict)
     bev: BEVConfig | None = None
     bev_clouds: tuple[str, ...] = ()
+    bev_merged: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    conditioned: bool = False
+    summary: bool = False
     fusion: Annotated[Any, FUSION_REGISTRY] = field(default_factory=CrossModalConfig)
     mounts: dict[str, Pose] = field(default_factory=dict)
 
@@ -52,6 +59,15 @@ class MultiSensorRecipe(VLARecipe):
                 raise ConfigError(f"mounts.{name}: expected a quaternion of unit length, found {list(pose[3:])}")
         if self.bev is None and self.bev_clouds:
             raise ConfigError(f"bev_clouds: found {choices(self.bev_clouds)}, but no bev")
+        unused = [name for name in self.bev_merged if name not in self.bev_clouds]
+        if unused:
+            raise ConfigError(f"bev_merged.{unused[0]}: expected one of bev_clouds: {choices(self.bev_clouds)}")
+        if self.conditioned and not (self.bev and self.bev.stages):
+            raise ConfigError("conditioned: needs a bev with stages, which the instruction modulates")
+
+    def members(self, cloud: str) -> tuple[str, ...]:
+        """The streams of one of ``bev_clouds``."""
+        return self.bev_merged.get(cloud, (cloud,))
 
     def config(self, **sizes: Any) -> MultiSensorConfig:
         """The whole model configuration for a dataset."""
@@ -81,15 +97,20 @@ class MultiSensorConfig(MultiSensorRecipe, VLAConfig):
             if name not in streams or (name in self.sensors and name in self.own_sensors):
                 raise ConfigError(f"sensors.{name}: no such stream that is left to encode; the observation has "
                                   f"{choices(streams)}")  # fmt: skip
-        unknown = [name for name in self.bev_clouds if name not in self.clouds]
+        above = [name for cloud in self.bev_clouds for name in self.members(cloud)]
+        unknown = [name for name in above if name not in self.clouds]
         if unknown:
             raise ConfigError(f"bev_clouds: no cloud {unknown[0]!r}; choices: {choices(self.clouds)}")
+        for cloud, names in self.bev_merged.items():
+            if len({self.clouds[name] for name in names}) != 1:
+                raise ConfigError(f"bev_merged.{cloud}: expected clouds of the same columns, found "
+                                  f"{'; '.join(f'{name}: {choices(self.clouds[name])}' for name in names)}")  # fmt: skip
         if self.bev is not None and not (self.calibrated or self.bev_clouds):
             raise ConfigError("bev: nothing to see from above; expected calibrated cameras or bev_clouds")
         unmounted = [name for name in self.bev_sources if name not in self.mounts]
         if unmounted:
             raise ConfigError(f"mounts: lack {choices(unmounted)}, which the bev places by it")
-        used = {*self.sensors, *self.own_sensors, *self.bev_clouds}
+        used = {*self.sensors, *self.own_sensors, *above}
         unused = [name for name in streams if name not in used]
         if unused or (self.calibrated and self.bev is None):
             raise ConfigError(f"sensors: nothing encodes {choices(unused or ['calibrations'])}; name an encoder, or "
@@ -98,7 +119,8 @@ class MultiSensorConfig(MultiSensorRecipe, VLAConfig):
     @property
     def bev_sources(self) -> tuple[str, ...]:
         """Streams that the bird's eye view is made of."""
-        return (*self.calibrated, *self.bev_clouds) if self.bev else ()
+        clouds = (name for cloud in self.bev_clouds for name in self.members(cloud))
+        return (*self.calibrated, *clouds) if self.bev else ()
 
 
 class MultiSensorVLA(VLAModel):
@@ -138,6 +160,9 @@ class MultiSensorVLA(VLAModel):
         self.sensors = nn.ModuleDict(encoders)
         widths: dict[str, Any] = {name: encoder.output_dim for name, encoder in encoders.items()}
         self.widen = nn.ModuleDict({name: nn.Linear(width, self.width) for name, width in widths.items()})
+        known = self.language.output_dim + self.width
+        self.condition = nn.Linear(known, self.width) if config.conditioned or config.summary else None
+        self.summary = nn.Linear(2 * self.width, self.readout.numel()) if config.summary else None
         self.bev = self._bev(config)
         if self.bev is not None:
             self.widen["bev"] = nn.Linear(self.bev.output_dim, self.width)
@@ -152,7 +177,8 @@ class MultiSensorVLA(VLAModel):
         parts = {"vision": self.project(seen, mask)}
         parts.update({name: self._sense(name, encoder, inputs) for name, encoder in self.sensors.items()})
         if self.bev is not None:
-            above = self.bev(self._cameras(seen, images, mask, inputs), self._clouds(inputs))
+            cameras, clouds = self._cameras(seen, images, mask, inputs), self._clouds(inputs)
+            above = self.bev(cameras, clouds, self.known(inputs) if self._config.conditioned else None)
             parts["bev"] = Tokens(self.widen["bev"](above.values), above.mask)
         return [self.fusion(parts), *self.own(inputs)]
 
@@ -184,14 +210,31 @@ class MultiSensorVLA(VLAModel):
         there = torch.stack([k.mask & p.mask for k, p in zip(known, poses, strict=True)], dim=1) & mask[:, picked]
         return Cameras(features, intrinsics, torch.stack([p.values for p in poses], dim=1), there, size)
 
-    def _clouds(self, inputs: ModelInputs) -> dict[str, PointSet]:
-        clouds = {}
-        for name in self._config.bev_clouds:
-            values, mask = _given(inputs.clouds.get(name), name)
-            pose = self._pose(name, inputs)
-            place = torch.where(pose.mask[:, None, None], pose.values, torch.eye(4, device=values.device))
-            clouds[name] = PointSet(values, mask & pose.mask[:, None], place)
-        return clouds
+    def _clouds(self, inputs: ModelInputs) -> dict[str, list[PointSet]]:
+        config = self._config
+        return {cloud: [self._points(name, inputs) for name in config.members(cloud)] for cloud in config.bev_clouds}
+
+    def _points(self, name: str, inputs: ModelInputs) -> PointSet:
+        values, mask = _given(inputs.clouds.get(name), name)
+        pose = self._pose(name, inputs)
+        place = torch.where(pose.mask[:, None, None], pose.values, torch.eye(4, device=values.device))
+        return PointSet(values, mask & pose.mask[:, None], place)
+
+    def ask(self, inputs: ModelInputs, seen: list[Tokens]) -> Tensor:
+        learned = super().ask(inputs, seen)
+        if self.summary is None:
+            return learned
+        scene = torch.cat([masked_mean(seen[0]), self.known(inputs)], dim=-1)
+        return learned + self.summary(scene).view_as(learned)
+
+    def known(self, inputs: ModelInputs) -> Tensor:
+        """What was said and how the robot moves (B, D), 0 where that is missing."""
+        assert self.condition is not None
+        said = masked_mean(self.language(inputs.tokens, mask=inputs.token_mask, cache=self._cache(inputs)))
+        moving = said.new_zeros(len(said), self.width)
+        if self.state is not None:
+            moving = masked_mean(self.state(inputs.state, inputs.state_mask))
+        return self.condition(torch.cat([said, moving], dim=-1)).relu()
 
     def _pose(self, name: str, inputs: ModelInputs) -> Masked:
         if name in inputs.extrinsics:
@@ -206,13 +249,16 @@ class MultiSensorVLA(VLAModel):
             return None
         columns = {}
         for name in config.bev_clouds:
-            names = config.clouds[name]
+            names = config.clouds[config.members(name)[0]]
             if names[:2] != ("x", "y"):
                 raise ConfigError(
                     f"bev_clouds: {name} has the columns {list(names)}, expected x, y and perhaps z first"
                 )
             columns[name] = CloudColumns(columns=len(names), has_height=names[2:3] == ("z",))
-        return BEVEncoder(config.bev, camera_dim=self.vision.output_dim if config.calibrated else None, clouds=columns)
+        return BEVEncoder(
+            config.bev, camera_dim=self.vision.output_dim if config.calibrated else None, clouds=columns,
+            condition_dim=self.width if config.conditioned else None,
+        )  # fmt: skip
 
 
 def pose_matrix(pose: Pose) -> Tensor:

