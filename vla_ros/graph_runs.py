@@ -104,10 +104,10 @@ class _Lane:
         run = self._run
         try:
             with self.log.open("w", encoding="utf-8") as file:
+                graph = _placed(run.graph, self._place, self._lanes)
                 self._status = run_graph(
-                    _placed(run.graph, self._place, self._lanes), run.arguments, write=lambda line: self._write(file, line),
-                    stop=self._stop,
-                )  # fmt: skip
+                    graph, run.arguments, write=lambda line: self._write(file, line), stop=self._stop
+                )
         except Exception as error:
             self._error = error
         self._short = self._episodes() != run.episodes and not self._stop.is_set()

@@ -90,8 +90,11 @@ def convert(
     if on_bad not in ("stop", "skip"):
         raise ConvertError(f"on_bad {on_bad!r}; choices: stop, skip")
     names = _names(bags)
-    contract = _contract(bags, contract, on_bad)
-    ObservationBuilder(contract, spec)  # a spec that the contract cannot serve is no fault of a bag
+    given, contract = contract, _contract(bags, contract, on_bad)
+    try:
+        ObservationBuilder(contract, spec)  # a spec that the contract cannot serve is no fault of one bag
+    except VlaError as error:
+        raise error if given else ConvertError(f"{bags[0]}: by the contract in it, {error}") from None
     with _staging(out, resume) as partial, written(out):
         plan_rows = rows_recorded(bags, contract)
         jobs = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from array import array
 from collections import Counter
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ import numpy as np
 from vla_core.contract import NANOSECONDS
 from vla_core.data.bag import BagInfo
 from vla_core.data.episodes import Commands, Tick
+from vla_core.data.recording import DROPPED_KEY
 from vla_core.errors import VlaError
 from vla_core.observation.builder import NO_LIMIT_NS, ObservationBuilder
 from vla_core.observation.memory_buffer import MemoryBuffer
@@ -54,7 +56,8 @@ class StreamReport:
 
     ``messages`` came over ``seconds``. Of ``ticks`` it was there at ``matched``; at ``missing`` nothing had come, at
     ``stale`` what had come was older than its limit or too far from the tick. ``late`` messages came too late to be
-    sorted, ``future`` ones were stamped in the future and left out. The time error is the distance between tick and
+    sorted, ``future`` ones were stamped in the future and left out, ``dropped`` ones the recorder had no room for, by
+    what it wrote into the bag. The time error is the distance between tick and
     sample; of a command, None.
     """
 
@@ -67,6 +70,7 @@ class StreamReport:
     stale: int = 0
     late: int = 0
     future: int = 0
+    dropped: int = 0
     error_sum_ns: int = 0
     error_max_ns: int = 0
     errors: Counter[int] = field(default_factory=Counter)  # by steps of BIN_NS
@@ -114,7 +118,7 @@ class StreamReport:
         return {
             "topic": self.topic, "messages": self.messages, "rate_hz": rate, "ticks": self.ticks, "match": self.match,
             "error_ms": self.error_ms(), "missing": self.missing, "stale": self.stale, "late": self.late,
-            "future": self.future,
+            "future": self.future, "dropped": self.dropped,
         }  # fmt: skip
 
     def state(self) -> dict[str, Any]:
@@ -159,10 +163,12 @@ class BagCounts:
     def result(self, bag: BagInfo, late: Mapping[str, int], future: Mapping[str, int]) -> dict[str, StreamReport]:
         """Reports by stream, and by action as ``action.<name>``."""
         seconds = (bag.end_ns - bag.start_ns) / NANOSECONDS
+        dropped = json.loads(bag.metadata.get(DROPPED_KEY, "{}"))
 
         def counted(topic: str) -> StreamReport:
             return StreamReport(topic, messages=bag.counts[topic], seconds=seconds, ticks=self.ticks,
-                                late=late.get(topic, 0), future=future.get(topic, 0))  # fmt: skip
+                                late=late.get(topic, 0), future=future.get(topic, 0),
+                                dropped=int(dropped.get(topic, 0)))  # fmt: skip
 
         found = {}
         for name, stream in self._builder.streams.items():
@@ -216,7 +222,7 @@ class Report:
     def table(self) -> str:
         """The figures of all bags as text for a terminal."""
         head = ("stream", "topic", "messages", "rate Hz", "match", "mean ms", "p95 ms", "max ms", "missing", "stale",
-                "future", "late")  # fmt: skip
+                "future", "late", "dropped")  # fmt: skip
         rows: list[tuple[str, ...]] = [head]
         for name, stream in self.streams.items():
             figures = stream.to_dict()
@@ -225,7 +231,7 @@ class Report:
                 name, stream.topic, str(stream.messages), _number(figures["rate_hz"], ".1f"),
                 _number(figures["match"], ".3f"),
                 *(_number(None if error is None else error[key], ".1f") for key in ("mean", "p95", "max")),
-                *(str(figures[key]) for key in ("missing", "stale", "future", "late")),
+                *(str(figures[key]) for key in ("missing", "stale", "future", "late", "dropped")),
             ))  # fmt: skip
         widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
         lines = ["  ".join(cell.ljust(width) if i < 2 else cell.rjust(width)
