@@ -58,7 +58,9 @@ class ImageAugmentation:
 class SensorLoss:
     """Streams that are lost together with a ``probability`` in a sample, such as all cameras.
 
-    Cameras, clouds, sequences and maps by their names; ``state`` is the whole state.
+    Cameras, clouds, sequences and maps by their names; ``state`` is the whole state, and ``past`` all past ticks: what
+    a demonstrator did so far tells so well what it does next that a policy may learn to look at nothing else (de Haan
+    et al. 2019, "Causal Confusion in Imitation Learning").
     """
 
     streams: tuple[str, ...]
@@ -131,7 +133,9 @@ def augment(batch: Batch, options: Augmentation, seed: int, any_of: Sequence[str
     if options.dropout:
         lost = _lost(inputs, batch, options.dropout, any_of, _rng(seed, batch.step, LOST))
         changed = without(changed, lost)
-        past = None if past is None else without(past, lost)
+        if past is not None:
+            forgotten = {name: lost["past"] for name in _there(past)} if "past" in lost else {}
+            past = without(without(past, lost), forgotten)
     return batch._replace(inputs=dataclasses.replace(changed, history=past))
 
 
@@ -169,6 +173,8 @@ def _lost(
 ) -> dict[str, Tensor]:
     """Stream to (B,) bool."""
     there = _there(inputs)
+    if inputs.history is not None:
+        there["past"] = inputs.history.state_mask.any(dim=1)
     for number, group in enumerate(groups):
         for name in group.streams:
             if name not in there:
