@@ -13,7 +13,10 @@ from test.benchmarks.framework import BenchmarkError, Settings, Suite, run_suite
 from vla_core.errors import VlaError, choices
 
 # A suite's module has BENCHMARKS: name to function. It is imported when it runs, so that none needs another's packages.
-SUITES = {"data": "test.benchmarks.data", "model": "test.benchmarks.model", "robot": "test.benchmarks.robot"}
+SUITES = {
+    "data": "test.benchmarks.data", "driving": "test.benchmarks.driving", "model": "test.benchmarks.model",
+    "robot": "test.benchmarks.robot",
+}  # fmt: skip
 
 FILE_WIDTH = 140  # of tables that no terminal shows
 

@@ -8,11 +8,18 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from vla_core.config import ConfigError
 from vla_core.data.batches import Batch
 from vla_core.model.inputs import Masked, ModelInputs
-from vla_core.training.augment import Augmentation, ImageAugmentation, augment, turn_hue
+from vla_core.model.vlm import WordTokenizer
+from vla_core.observation.batch import collate
+from vla_core.observation.builder import Observation
+from vla_core.observation.normalizer import Normalization, Normalizer
+from vla_core.observation.spec import CloudSpec, ImageSize, ObservationSpec
+from vla_core.training.augment import Augmentation, ImageAugmentation, SensorLoss, augment, turn_hue, without
 
 ALL = ImageAugmentation(shift=3, crop=0.7, brightness=0.3, contrast=0.4, saturation=0.5, hue=0.2, erase=0.5)
 
@@ -205,3 +212,136 @@ def test_state_noise_has_its_deviation_and_spares_what_is_missing() -> None:
 def test_options_out_of_range_are_refused(options: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match=f"{next(iter(options))}: expected"):
         ImageAugmentation(**options)  # type: ignore[arg-type]
+
+
+# --- lost sensors ---
+
+ROBOT = ("front", "wrist", "lidar", "imu", "state", "past")
+
+
+def sensing(size: int = 64, **place: int) -> Batch:
+    """Two cameras, one of them missing in the first sample, a cloud, a sequence, a state and two past ticks."""
+    whole = batch(size, 4, 6, ticks=2, **place)
+    random = torch.Generator().manual_seed(2)
+    rows = {"lidar": (5, 4), "imu": (3, 6)}
+    made = {name: Masked(torch.rand(size, *shape, generator=random), torch.ones(size, shape[0], dtype=torch.bool))
+            for name, shape in rows.items()}  # fmt: skip
+    inputs = dataclasses.replace(whole.inputs, clouds={"lidar": made["lidar"]}, sequences={"imu": made["imu"]})
+    return whole._replace(inputs=inputs)
+
+
+def losing(*groups: tuple[tuple[str, ...], float]) -> Augmentation:
+    return Augmentation(dropout=tuple(SensorLoss(streams=names, probability=share) for names, share in groups))
+
+
+def seen(inputs: ModelInputs, name: str) -> torch.Tensor:
+    """Whether a stream is there (B,)."""
+    if name in inputs.image_mask:
+        return inputs.image_mask[name]
+    if name in ("state", "past"):
+        found = inputs if name == "state" else inputs.history
+        assert found is not None
+        return found.state_mask.reshape(len(inputs.tokens), -1).any(dim=1)
+    return {**inputs.clouds, **inputs.sequences}[name].mask.any(dim=1)
+
+
+def test_streams_of_a_group_are_lost_together_and_as_often_as_it_says() -> None:
+    whole = sensing(2000)
+    done = augment(whole, losing((("front", "wrist"), 0.1), (("lidar",), 0.4), (("past",), 0.5)), 3).inputs
+    front, wrist = seen(done, "front"), seen(done, "wrist")
+    assert torch.equal(front[1:], wrist[1:]) and torch.equal(seen(done, "imu"), seen(whole.inputs, "imu"))
+    for name, share in (("front", 0.1), ("lidar", 0.4), ("past", 0.5)):
+        assert abs((~seen(done, name)).float().mean().item() - share) < 0.05, name
+    both = ~front & ~seen(done, "lidar")
+    assert abs(both.float().mean().item() - 0.04) < 0.02, "groups are drawn by themselves"
+
+
+def test_what_is_lost_is_0_and_masked_in_the_past_too_and_the_rest_is_as_it_was() -> None:
+    whole = sensing()
+    done = augment(whole, losing((("front", "lidar", "state"), 0.5)), 1).inputs
+    lost = ~seen(done, "front")
+    assert lost.any() and not lost.all()
+    for inputs, before in ((done, whole.inputs), (done.history, whole.inputs.history)):
+        assert inputs is not None and before is not None
+        parts = [(inputs.images["front"], before.images["front"]), (inputs.state, before.state),
+                 (inputs.intrinsics["front"].values, before.intrinsics["front"].values)]  # fmt: skip
+        for values, original in parts:
+            assert not values[lost].any() and torch.equal(values[~lost], original[~lost])
+        assert not inputs.state_mask[lost].any() and not inputs.intrinsics["front"].mask[lost].any()
+        assert torch.equal(inputs.images["wrist"], before.images["wrist"])
+    cloud = done.clouds["lidar"]
+    assert not cloud.values[lost].any() and torch.equal(cloud.mask, (~lost)[:, None].expand(-1, 5))
+    assert torch.equal(done.sequences["imu"].values, whole.inputs.sequences["imu"].values)
+
+
+def test_the_past_can_be_lost_alone() -> None:
+    whole = sensing()
+    done = augment(whole, losing((("past",), 0.5)), 0).inputs
+    assert torch.equal(done.state, whole.inputs.state) and torch.equal(done.state_mask, whole.inputs.state_mask)
+    assert done.history is not None and whole.inputs.history is not None
+    lost = ~seen(done, "past") & seen(whole.inputs, "past")
+    assert lost.sum() > 10 and not done.history.state[lost].any() and not done.history.images["front"][lost].any()
+    kept = seen(done, "past")
+    assert torch.equal(done.history.state[kept], whole.inputs.history.state[kept])
+
+
+def test_a_loss_depends_on_seed_step_and_sample_alone_however_a_batch_is_shared() -> None:
+    options = losing((("front", "wrist"), 0.5), (("lidar",), 0.5), (("imu",), 0.3), (("state",), 0.3))
+    whole = sensing()
+    together = augment(whole, options, 3, ("front", "lidar"))
+    for first in range(0, 64, 16):
+        piece = augment(part(whole, first, 16), options, 3, ("front", "lidar"))
+        assert same(piece.inputs, part(together, first, 16).inputs)
+    for other in (augment(whole, options, 4), augment(whole._replace(step=6), options, 3)):
+        assert not torch.equal(seen(other.inputs, "lidar"), seen(together.inputs, "lidar"))
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    groups=st.lists(st.sets(st.sampled_from(ROBOT), min_size=1), min_size=1, max_size=4),
+    any_of=st.sets(st.sampled_from(["front", "wrist", "lidar", "radar"])), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_one_of_any_of_is_always_left(groups: list[set[str]], any_of: set[str], seed: int) -> None:
+    whole = sensing()
+    options = losing(*((tuple(sorted(names)), 0.8) for names in groups))
+    done = augment(whole, options, seed, sorted(any_of)).inputs
+    free = augment(whole, options, seed).inputs
+    needed = sorted(any_of - {"radar"})  # a policy need not see all that the robot has
+    if not needed:
+        assert same(done, free)
+        return
+    before = torch.stack([seen(whole.inputs, name) for name in needed]).any(dim=0)
+    assert torch.equal(torch.stack([seen(done, name) for name in needed]).any(dim=0), before)
+    blind = ~torch.stack([seen(free, name) for name in needed]).any(dim=0)
+    for name in ROBOT:  # nothing changes where enough is left anyway
+        assert torch.equal(seen(done, name)[~blind], seen(free, name)[~blind])
+
+
+def test_a_lost_sensor_looks_as_one_that_a_robot_lost() -> None:
+    whole = Observation(stamp_ns=0, images={"front": np.full((4, 6, 3), 9, np.uint8)}, state=np.ones(1, np.float32),
+                        instruction="go", ages_ns={}, clouds={"lidar": np.ones((5, 4), np.float32)},
+                        present={"front": True, "lidar": True, "speed": True})  # fmt: skip
+    bare = dataclasses.replace(whole, images={}, clouds={}, state=np.full(1, np.nan, np.float32),
+                               present=dict.fromkeys(whole.present, False))  # fmt: skip
+    spec = ObservationSpec(images={"front": ImageSize(height=4, width=6)}, state=("speed",),
+                           clouds={"lidar": CloudSpec(max_points=9)})  # fmt: skip
+    columns = {"lidar": ("x", "y", "z", "intensity")}
+    numbers = {"mean": [0.0], "std": [2.0], "min": [0.0], "max": [1.0]}
+    normalizer = Normalizer(Normalization(streams={"lidar": {"intensity": (0, 1)}}),
+                            {"state": numbers, "action": numbers}, columns)  # fmt: skip
+    words = WordTokenizer()
+    both = collate([whole, whole], normalizer, words, spec)
+    lost = without(both, {name: torch.tensor([False, True]) for name in ("front", "lidar", "state")})
+    assert same(lost, collate([whole, bare], normalizer, words, spec))
+
+
+def test_losses_that_cannot_be() -> None:
+    with pytest.raises(ConfigError, match=r"augment.dropout.0.streams: no stream 'radar'; choices: .*front.*past"):
+        augment(sensing(), losing((("radar",), 0.5)), 0)
+    with pytest.raises(ConfigError, match="no stream 'past'"):
+        augment(batch(), losing((("past",), 0.5)), 0)
+    for share in (0.0, 1.0, float("nan")):
+        with pytest.raises(ConfigError, match="probability: expected above 0 and below 1"):
+            SensorLoss(streams=("imu",), probability=share)
+    with pytest.raises(ConfigError, match="streams: expected at least one"):
+        SensorLoss(streams=(), probability=0.5)

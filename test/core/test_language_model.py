@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -37,6 +38,7 @@ from vla_core.model.vlm.language_model import (
 from vla_core.model.vlm.lora import LoRAConfig
 from vla_core.model.vlm.pretrained import record_of
 from vla_core.model.vlm.text_encoder import HubTokenizer, WordTokenizer, tokenizer_from_dict
+from vla_core.model.vlm.tiny_transformer import TinyTransformer, TinyTransformerConfig, word_places
 
 WORDS = ["<pad>", "<unk>", "<s>", "push", "the", "puck", "open", "door", "window", "image"]
 PAD, PLACEHOLDER, VOCAB, WIDTH = 0, 9, 10, 32
@@ -46,7 +48,7 @@ SIZES: dict[str, Any] = {
 }  # fmt: skip
 NAMES = {"qwen2": "qwen2-0.5b", "llama": "llama3-8b", "phi3": "phi3-mini"}
 FAMILIES = list(NAMES)
-ALL = [*FAMILIES, "tiny_gru"]
+ALL = [*FAMILIES, "tiny_gru", "tiny_transformer"]
 quick = settings(max_examples=15, deadline=None)
 
 
@@ -61,6 +63,8 @@ def build(family: str, **changes: Any) -> Any:
     torch.manual_seed(0)
     if family == "tiny_gru":
         return TinyGRU(TinyGRUConfig(d_model=WIDTH, **changes), vocab_size=VOCAB).eval()
+    if family == "tiny_transformer":
+        return TinyTransformer(TinyTransformerConfig(d_model=WIDTH, **changes), vocab_size=VOCAB).eval()
     return LLMBackbone(config(family, **changes)).eval()
 
 
@@ -215,7 +219,7 @@ def test_the_prefix_cache_changes_no_number(family: str, batch: int, length: int
     assert cache.computed == 1
 
 
-@pytest.mark.parametrize("family", ["llama", "tiny_gru"])
+@pytest.mark.parametrize("family", ["llama", "tiny_gru", "tiny_transformer"])
 def test_the_prefix_is_computed_again_when_instruction_or_weights_change(family: str) -> None:
     model, cache, seen = build(family), PrefixCache(), vision(1, 2)
     first, second = ids([2, 3, 4]), ids([2, 3, 5])
@@ -489,6 +493,53 @@ def test_a_tokenizer_without_padding_pads_with_its_end(tmp_path: Path) -> None:
     tokenizer = build_tokenizer(LLMConfig(pretrained=str(tmp_path)), [])
     assert tokenizer.encode("Püsh 3 pucks") == theirs("Püsh 3 pucks\n").input_ids
     assert tokenizer.batch(["push", "push the puck"])[0, -1] == theirs.eos_token_id == learned["vocab"]["<|end|>"]
+
+
+def test_the_small_transformer_is_torchs_own_layers() -> None:
+    model = build("tiny_transformer", layers=2)
+    text, seen = ids([3, 4, 5], [3, 6, 7]), vision(2, 4)
+    torch.manual_seed(3)
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.2)
+    layer = torch.nn.TransformerEncoderLayer(
+        WIDTH, 4, 4 * WIDTH, 0.0, torch.nn.GELU(), batch_first=True, norm_first=True
+    )  # fmt: skip
+    plain = torch.nn.TransformerEncoder(layer, 2, model.norm, enable_nested_tensor=False).eval()
+    for ours, theirs in zip(model.blocks, plain.layers, strict=True):
+        ours.memory_norm.load_state_dict(ours.query_norm.state_dict())  # torch has one norm for both
+        theirs.norm1, theirs.norm2 = ours.query_norm, ours.mlp[0]
+        theirs.linear1, theirs.linear2 = ours.mlp[1], ours.mlp[3]
+        theirs.self_attn.out_proj = ours.out
+        theirs.self_attn.in_proj_weight.data = torch.cat([ours.query.weight, ours.key_value.weight]).detach()
+        theirs.self_attn.in_proj_bias.data = torch.cat([ours.query.bias, ours.key_value.bias]).detach()
+    sequence = torch.cat([model.embed(text), seen.values], dim=1)
+    expected = plain(sequence, mask=torch.nn.Transformer.generate_square_subsequent_mask(7))
+    torch.testing.assert_close(model(text, seen).values, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_the_small_transformer_knows_the_order_of_words() -> None:
+    places = word_places(torch.tensor([[0, 1, 5]]), 8)[0]
+    slowest = 5 / 1000.0
+    expected = torch.tensor([math.sin(5.0), math.sin(slowest), math.cos(5.0), math.cos(slowest)])
+    torch.testing.assert_close(places[2, [0, 3, 4, 7]], expected)
+    model = build("tiny_transformer")
+    there, back = model(ids([3, 4, 5])), model(ids([4, 3, 5]))
+    assert not torch.allclose(there.values[0, 2], back.values[0, 2], atol=1e-3)
+
+
+def test_a_frozen_small_transformer_looks_its_instructions_up() -> None:
+    model, table = build("tiny_transformer").requires_grad_(False), PrefixTable()
+    text, seen = ids([3, 4, 5], [6, 7, PAD], [3, 4, 5]), vision(3, 4)
+    with torch.no_grad():
+        torch.testing.assert_close(model(text, seen, cache=table).values[:, 3:], model(text, seen).values[:, 3:],
+                                   atol=1e-5, rtol=1e-4)  # fmt: skip
+    assert table.computed == 2
+
+
+@pytest.mark.parametrize("options", [{"d_model": 30, "heads": 4}, {"d_model": 3, "heads": 1}, {"layers": 0}])
+def test_small_transformers_that_cannot_be(options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"heads: expected a divisor|d_model: expected an even|layers: expected at"):
+        TinyTransformerConfig(**options)
 
 
 def test_the_small_one_has_its_own_words() -> None:

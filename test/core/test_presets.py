@@ -43,7 +43,8 @@ VEHICLE = RobotContract.load("vehicle")
 # Million parameters: the published sizes of vision tower and language model, without the adapters.
 PUBLISHED = {"edge": (85.8, 494.0), "base": (303.4, 1543.7), "large": (303.4, 7070.6), "driving": (86.6, 494.0)}
 # Qwen2-7B without its output matrix, which no feature passes.
-TOTAL = {"tiny": 0.13, "small": 68.0, "edge": 656.1, "base": 1991.3, "large": 7794.3, "driving": 661.3}
+TOTAL = {"tiny": 0.13, "small": 68.0, "edge": 656.1, "base": 1991.3, "large": 7794.3, "driving": 661.3,
+         "driving_tiny": 3.0}
 
 
 def unloaded(recipe: Any) -> Any:
@@ -55,8 +56,9 @@ def unloaded(recipe: Any) -> Any:
 
 
 def sizes(name: str) -> dict[str, Any]:
-    if name == "driving":
-        return model_sizes(load_recipe("driving").observation, VEHICLE, vocab_size=1000)
+    if name.startswith("driving"):
+        recipe, robot = ("driving", VEHICLE) if name == "driving" else ("drive", RobotContract.load("driving"))
+        return model_sizes(load_recipe(recipe).observation, robot, vocab_size=50 if name == "driving_tiny" else 1000)
     return {"cameras": ("left", "right"), "state_dim": 8, "action_dim": 7, "vocab_size": 64}
 
 
@@ -83,7 +85,7 @@ def test_all_presets_are_counted() -> None:
 @pytest.mark.parametrize(
     ("recipe", "contract"),
     [("vla_tiny", "metaworld_sawyer"), ("mini_vla", "metaworld_sawyer"), ("push_sight", "metaworld_sight"),
-     ("driving", "vehicle")],
+     ("driving", "vehicle"), ("drive", "driving")],
 )  # fmt: skip
 def test_recipes_fit_their_robots(recipe: str, contract: str) -> None:
     found, robot = load_recipe(recipe), RobotContract.load(contract)
@@ -260,7 +262,7 @@ def test_what_does_not_fit_is_refused_at_load(tmp_path: Path, case: str) -> None
 
 
 def test_names_and_sizes_that_are_wrong_are_one_line(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no model preset 'huge'; choices: base, driving, edge, large, small, tiny"):
+    with pytest.raises(ConfigError, match="no model preset 'huge'; choices: base, driving, driving_tiny, edge, large"):
         load_recipe("mini_vla", ["model=huge"])
     with pytest.raises(ConfigError, match=r"tiny\.yaml: model\.widht: unknown key; choices: context, "):
         load_preset("tiny", ["widht=3"])

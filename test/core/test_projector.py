@@ -16,6 +16,7 @@ from vla_core.model.tokens import Tokens, present
 from vla_core.model.vlm.vision_projector import (
     Attention,
     AttentionPoolingConfig,
+    MaxPoolingConfig,
     MLPProjectorConfig,
     PerceiverConfig,
     build_projector,
@@ -25,6 +26,7 @@ CONFIGS: dict[str, Any] = {
     "mlp": MLPProjectorConfig(),
     "attention_pooling": AttentionPoolingConfig(num_queries=5, num_heads=4),
     "perceiver": PerceiverConfig(num_latents=5, num_heads=4),
+    "max_pooling": MaxPoolingConfig(num_tokens=5, channels=8),
 }
 quick = settings(max_examples=20, deadline=None)
 
@@ -56,7 +58,7 @@ def test_absent_tokens_are_as_if_they_were_not_there(name: str, batch: int, coun
         torch.testing.assert_close(out.values[b][out.mask[b]], alone.values[0], atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["attention_pooling", "perceiver"])
+@pytest.mark.parametrize("name", ["attention_pooling", "perceiver", "max_pooling"])
 @given(seed=st.integers(0, 99))
 @quick
 def test_pooling_asks_for_a_set(name: str, seed: int) -> None:
@@ -66,6 +68,20 @@ def test_pooling_asks_for_a_set(name: str, seed: int) -> None:
     order = torch.randperm(7, generator=generator)
     out, other = projector(Tokens(values, mask)), projector(Tokens(values[:, order], mask[:, order]))
     torch.testing.assert_close(out.values, other.values, atol=1e-5, rtol=1e-4)
+
+
+def test_max_pooling_hears_one_loud_token_among_many() -> None:
+    """What one cell of a thousand holds moves the answer as much as if it were alone."""
+    projector = build("max_pooling")
+    with torch.no_grad():
+        projector.ask.weight.zero_()[0, 3] = 1.0
+        projector.ask.bias.zero_()
+    quiet = torch.rand(1, 1000, 12)
+    loud = quiet.clone()
+    loud[0, 417, 3] = 7.0
+    moved = projector(present(loud)).values - projector(present(quiet)).values
+    expected = projector.out.weight[:, 0] * (7.0 - quiet[0, :, 3].max())
+    torch.testing.assert_close(moved.flatten(), expected, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("masked", [True, False])
@@ -111,7 +127,9 @@ def test_bfloat16(name: str) -> None:
 def test_what_cannot_be() -> None:
     with pytest.raises(ConfigError, match="num_queries: expected at least 1, found 0"):
         AttentionPoolingConfig(num_queries=0)
+    with pytest.raises(ConfigError, match="channels: expected at least 1, found 0"):
+        MaxPoolingConfig(channels=0)
     with pytest.raises(VlaError, match="num_heads: expected a divisor of the width 12, found 8"):
         build_projector(PerceiverConfig(), vision_dim=12, llm_dim=12)
-    with pytest.raises(VlaError, match="no projector 'qformer' registered; choices: attention_pooling, mlp, perceiver"):
+    with pytest.raises(VlaError, match="no projector 'qformer' registered; choices: attention_pooling, max"):
         build_projector(type("Other", (), {"type": "qformer"}), vision_dim=8, llm_dim=8)

@@ -10,7 +10,6 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-
 Remembers = Literal["everything", "state"]  # what a model reads of past ticks
 
 

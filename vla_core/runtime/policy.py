@@ -10,6 +10,7 @@ import torch
 from vla_core.checkpoint import Checkpoint
 from vla_core.errors import VlaError
 from vla_core.model.action_head.guidance import ChunkPrefix
+from vla_core.model.inputs import Remembers
 from vla_core.observation.batch import collate
 from vla_core.observation.builder import Observation
 from vla_core.runtime.chunk import ActionChunk, Continuation
@@ -46,7 +47,7 @@ class Policy:
         Raises :class:`PolicyError` when it is not finite.
         """
         model, tokenizer = self.checkpoint.model, self.checkpoint.tokenizer
-        remembers = getattr(model, "remembers", "everything")
+        remembers: Remembers = getattr(model, "remembers", "everything")
         inputs = collate([observation], self.checkpoint.normalizer, tokenizer, self.spec, remembers=remembers)
         generator = torch.Generator().manual_seed(_noise_seed(self.seed, observation.stamp_ns))
         normalized = model.predict(inputs, generator, self._prefix(continues))[0].numpy()  # (H, A)

@@ -378,7 +378,79 @@ def test_rough_numbers_keep_the_geometry(mixed: bool) -> None:
     assert (rough.float() - exact).abs().mean() < 0.05 * exact.std()
 
 
+# --- stages ---
+
+DEEP: dict[str, Any] = {"stages": (8, 12), "patch": 2, "source_width": 5, "mix_layers": 1}
+
+
+def deep(condition_dim: int | None = None, **changes: Any) -> BEVEncoder:
+    torch.manual_seed(0)
+    encoder = BEVEncoder(dataclasses.replace(SMALL, **{**DEEP, **changes}), camera_dim=5, clouds=CLOUDS,
+                         condition_dim=condition_dim)  # fmt: skip
+    return encoder.eval()
+
+
+@pytest.mark.parametrize(("output", "count"), [("patches", 2), ("global", 3), ("both", 5)])
+def test_stages_halve_the_map_and_outputs_follow(output: str, count: int) -> None:
+    encoder = deep(output=output, global_tokens=3)
+    assert encoder.config.shape == (4, 2) and encoder.map(surround(), clouds()).shape == (2, 6, 16, 8)
+    tokens = encoder(surround(), clouds())
+    assert tokens.values.shape == (2, count, 10) and tokens.mask.all()
+    above = encoder.tower(encoder.map(surround(), clouds()))
+    assert above.shape == (2, 12, 4, 2)
+    if output != "patches":
+        whole = (above.flatten(1) @ encoder.whole.weight.T + encoder.whole.bias).view(2, 3, 10)
+        torch.testing.assert_close(tokens.values[:, :3], whole, atol=1e-5, rtol=1e-4)
+    if output != "global":
+        first = above[:, :, :2].flatten(1) @ encoder.tokens.weight.flatten(1).T + encoder.tokens.bias + encoder.place[0]
+        torch.testing.assert_close(tokens.values[:, count - 2], first, atol=1e-5, rtol=1e-4)
+
+
+def test_a_condition_modulates_each_stage_and_begins_as_nothing() -> None:
+    encoder, plain = deep(condition_dim=3), deep()
+    said = torch.tensor([[1.0, 0.0, 2.0], [0.0, -1.0, 0.5]])
+    plain.load_state_dict({n: w for n, w in encoder.state_dict().items() if "film" not in n}, strict=True)
+    before = encoder(surround(), clouds(), said).values
+    torch.testing.assert_close(before, plain(surround(), clouds()).values)
+    for stage in range(2):
+        changed = deep(condition_dim=3)
+        changed.load_state_dict(encoder.state_dict())
+        torch.nn.init.normal_(changed.tower.stages[stage].film.gamma_beta.weight)
+        one, other = changed(surround(), clouds(), said).values, changed(surround(), clouds(), said.flip(0)).values
+        assert (one - before).abs().max() > 1e-3 and (one - other).abs().max() > 1e-3
+    for wrong, told in ((encoder, None), (plain, said)):
+        with pytest.raises(VlaError, match="a condition is"):
+            wrong(surround(), clouds(), told)
+
+
+def test_points_of_several_sensors_are_one_source_at_their_places() -> None:
+    encoder = make()
+    left, right = pose(0.9, (1.0, 0.5, 0.2), optical=False), pose(-0.9, (1.0, -0.5, 0.2), optical=False)
+    cloud = clouds()["lidar"]
+    parts = [PointSet(cloud.values[:, :25], cloud.mask[:, :25], left.expand(2, 4, 4)),
+             PointSet(cloud.values[:, 25:], cloud.mask[:, 25:], right.expand(2, 4, 4))]  # fmt: skip
+    placed = cloud.values.clone()
+    for rows, place in ((slice(0, 25), left), (slice(25, None), right)):
+        placed[:, rows, :3] = placed[:, rows, :3] @ place[:3, :3].T + place[:3, 3]
+    whole = PointSet(placed, cloud.mask, torch.eye(4).expand(2, 4, 4))
+    found = encoder.map(surround(), {**clouds(), "lidar": parts})
+    torch.testing.assert_close(found, encoder.map(surround(), {**clouds(), "lidar": whole}), atol=1e-5, rtol=1e-4)
+    gone = [part._replace(mask=torch.zeros_like(part.mask)) for part in parts]
+    half = encoder.map(surround(), {**clouds(), "lidar": [parts[0], gone[1]]})
+    only = encoder.map(surround(), {**clouds(), "lidar": parts[0]})
+    torch.testing.assert_close(half, only)
+    nothing = whole._replace(mask=torch.zeros_like(whole.mask))
+    torch.testing.assert_close(encoder.map(surround(), {**clouds(), "lidar": gone}),
+                               encoder.map(surround(), {**clouds(), "lidar": nothing}))  # fmt: skip
+
+
 def test_config_and_inputs_that_make_no_sense() -> None:
+    with pytest.raises(ConfigError, match=r"stages: 4 of them halve the grid's cells \(16, 8\)"):
+        dataclasses.replace(SMALL, stages=(4, 4, 4, 4))
+    with pytest.raises(ConfigError, match=r"patch: expected a divisor of the map's cells \(8, 4\), found 3"):
+        dataclasses.replace(SMALL, stages=(4,), patch=3)
+    with pytest.raises(VlaError, match="without stages has nothing that a condition could modulate"):
+        BEVEncoder(SMALL, camera_dim=5, condition_dim=3)
     assert from_dict(BEVConfig, to_dict(SMALL)) == SMALL and GridConfig().shape == (128, 128)
     for changes, message in (
         ({"x_m": (1.0, 1.0)}, "x_m: expected a lower and then a higher end"),

@@ -22,6 +22,7 @@ from vla_core.errors import VlaError, choices
 from vla_core.model.checks import at_least_one
 from vla_core.model.sensor.base import point_set, shared_mlp
 from vla_core.model.sensor.bev_tower import Tower, conv_layer
+from vla_core.model.sensor.ground_view import GroundView
 from vla_core.model.tokens import Tokens
 
 
@@ -278,6 +279,8 @@ def _as_map(flat: Tensor, grid: GridConfig) -> Tensor:
 class BEVConfig:
     """Sizes of :class:`BEVEncoder`.
 
+    ``cameras``: ``lift`` spreads their features over a predicted depth (:class:`LiftSplat`), ``ground`` takes the
+    pictures where the cells' ground is in them (:class:`GroundView`);
     ``depth_m`` from the nearest to the farthest, along the optical axis; ``reduce`` is how points of a cell become one;
     ``source_width`` are the channels of each source's map, null: ``width``, which the ``mix_layers`` convolutions of
     all of them have. ``stages`` are the widths of further stages, each of which halves the map (:class:`Tower`).
@@ -289,6 +292,7 @@ class BEVConfig:
     type: Literal["bev"] = "bev"
     grid: GridConfig = field(default_factory=GridConfig)
     width: int = 64
+    cameras: Literal["lift", "ground"] = "lift"
     depth_m: tuple[float, float] = (1.0, 60.0)
     depth_bins: int = 59
     reduce: Literal["mean", "max"] = "max"
@@ -311,8 +315,8 @@ class BEVConfig:
                 f"depth_m: expected a near and a far depth, found {self.depth_m[0]} and {self.depth_m[1]}"
             )
         if any(cells % 2 ** len(self.stages) for cells in self.grid.shape):
-            raise ConfigError(f"stages: {len(self.stages)} of them halve the grid's cells {self.grid.shape}, which must "
-                              f"be multiples of {2 ** len(self.stages)}")  # fmt: skip
+            raise ConfigError(f"stages: {len(self.stages)} of them halve the grid's cells {self.grid.shape}, which "
+                              f"must be multiples of {2 ** len(self.stages)}")  # fmt: skip
         if self.output != "global" and any(cells % self.patch for cells in self.shape):
             raise ConfigError(f"patch: expected a divisor of the map's cells {self.shape}, found {self.patch}")
 
@@ -359,7 +363,9 @@ class BEVEncoder(nn.Module):
         self.output_dim = config.output_dim
         self.names = (*(() if camera_dim is None else ("cameras",)), *clouds)
         source = config.source_width or config.width
-        if camera_dim is not None:
+        if camera_dim is not None and config.cameras == "ground":
+            self.ground_view = GroundView(camera_dim=camera_dim, width=source)
+        elif camera_dim is not None:
             self.lift_splat = LiftSplat(
                 camera_dim=camera_dim, width=source, depth_m=config.depth_m, depth_bins=config.depth_bins
             )
@@ -412,7 +418,8 @@ class BEVEncoder(nn.Module):
             raise VlaError(f"a bird's eye view of {choices(given)}; this one was made of {choices(self.names)}")
         maps, there = [], []
         if cameras is not None:
-            maps.append(self.lift_splat(cameras, self.config.grid))
+            look = self.ground_view if self.config.cameras == "ground" else self.lift_splat
+            maps.append(look(cameras, self.config.grid))
             there.append(cameras.mask.any(dim=1))
         for name, pillars in self.pillars.items():
             found = clouds[name]

@@ -103,8 +103,8 @@ class MultiSensorConfig(MultiSensorRecipe, VLAConfig):
             raise ConfigError(f"bev_clouds: no cloud {unknown[0]!r}; choices: {choices(self.clouds)}")
         for cloud, names in self.bev_merged.items():
             if len({self.clouds[name] for name in names}) != 1:
-                raise ConfigError(f"bev_merged.{cloud}: expected clouds of the same columns, found "
-                                  f"{'; '.join(f'{name}: {choices(self.clouds[name])}' for name in names)}")  # fmt: skip
+                found = "; ".join(f"{name}: {', '.join(self.clouds[name])}" for name in names)
+                raise ConfigError(f"bev_merged.{cloud}: expected clouds of the same columns, found {found}")
         if self.bev is not None and not (self.calibrated or self.bev_clouds):
             raise ConfigError("bev: nothing to see from above; expected calibrated cameras or bev_clouds")
         unmounted = [name for name in self.bev_sources if name not in self.mounts]
@@ -196,14 +196,16 @@ class MultiSensorVLA(VLAModel):
 
     def _cameras(self, seen: Tokens, images: Tensor, mask: Tensor, inputs: ModelInputs) -> Cameras | None:
         names = self._config.calibrated
-        if not names:
+        if not names or self._config.bev is None:
             return None
         picked = [self._config.cameras.index(name) for name in names]
         size = (images.shape[-2], images.shape[-1])
-        count = self.vision.tokens_per_image
-        height, width = token_grid(count, size)
-        maps = seen.values.unflatten(1, (mask.shape[1], count))[:, picked]  # (B, K, h w, C)
-        features = maps.transpose(2, 3).unflatten(3, (height, width))
+        if self._config.bev.cameras == "ground":
+            features = images[:, picked]
+        else:
+            count = self.vision.tokens_per_image
+            maps = seen.values.unflatten(1, (mask.shape[1], count))[:, picked]  # (B, K, h w, C)
+            features = maps.transpose(2, 3).unflatten(3, token_grid(count, size))
         known = [_given(inputs.intrinsics.get(name), name) for name in names]
         intrinsics = torch.stack([k.values for k in known], dim=1)
         poses = [self._pose(name, inputs) for name in names]
@@ -255,8 +257,9 @@ class MultiSensorVLA(VLAModel):
                     f"bev_clouds: {name} has the columns {list(names)}, expected x, y and perhaps z first"
                 )
             columns[name] = CloudColumns(columns=len(names), has_height=names[2:3] == ("z",))
+        camera_dim = 3 if config.bev.cameras == "ground" else self.vision.output_dim
         return BEVEncoder(
-            config.bev, camera_dim=self.vision.output_dim if config.calibrated else None, clouds=columns,
+            config.bev, camera_dim=camera_dim if config.calibrated else None, clouds=columns,
             condition_dim=self.width if config.conditioned else None,
         )  # fmt: skip
 
