@@ -101,7 +101,8 @@ def drive(core: PolicyCore, recorded: Drive, watch: Watch, each: Callable[[dict[
         watch.seconds.clear()
         with watch.stage("buffer"):
             for name, data in tick.messages:
-                core.add(name, data, tick.stamp_ns)
+                if name in core.builder.streams:  # the follower's odometry is not the policy's
+                    core.add(name, data, tick.stamp_ns)
         with watch.stage("build"):
             observation = core.builder.build(core.buffer, tick.stamp_ns)
         with watch.stage("tensors"):

