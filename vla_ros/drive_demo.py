@@ -153,7 +153,10 @@ class DriveDemo:
         self._graphs(title, "record_drive", count, seed, lambda place: {
             "output": str(folder / str(place)), "disturbance": disturbance,
         })  # fmt: skip
-        return find_bags([folder])
+        bags = find_bags([folder])
+        if len(bags) != count:
+            raise DemoError(f"{title}: {len(bags)} of {count} drives were recorded (log: {self.out / 'logs'})")
+        return bags
 
     def _datasets(self, bags: list[Path], held_out: list[Path]) -> tuple[Dataset, Dataset]:
         spec = self.recipe.observation

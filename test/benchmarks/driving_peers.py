@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from test.benchmarks.model_peers import normed_mlp, scatter
@@ -15,6 +16,31 @@ def narrowed(config: Any) -> Any:
     """A BEV configuration as :class:`test.benchmarks.model_peers.LiftSplat` reads it, of one source's width."""
     return SimpleNamespace(grid=config.grid, depth_m=config.depth_m, depth_bins=config.depth_bins,
                            width=config.source_width or config.width)  # fmt: skip
+
+
+class GroundView(nn.Module):
+    """Every cell looked up in every picture; those that show it are averaged."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, width, 4, stride=2, padding=1)
+
+    def forward(self, pictures: Tensor, intrinsics: Tensor, poses: Tensor, grid: Any) -> Tensor:
+        """``pictures`` (B, K, 3, H, W) and their geometry; the map (B, width, X, Y)."""
+        batch, count, _, height, width = pictures.shape
+        x = grid.x_m[0] + (torch.arange(grid.shape[0]) + 0.5) * grid.resolution_m
+        y = grid.y_m[0] + (torch.arange(grid.shape[1]) + 0.5) * grid.resolution_m
+        x, y = torch.meshgrid(x, y, indexing="ij")
+        cells = torch.stack([x, y, torch.zeros_like(x), torch.ones_like(x)]).flatten(1)  # (4, N)
+        pixels = intrinsics @ (torch.linalg.inv(poses) @ cells)[:, :, :3]  # (B, K, 3, N)
+        depth = pixels[:, :, 2]
+        places = (pixels[:, :, :2] / depth[:, :, None] + 0.5) * 2 / torch.tensor([[width], [height]]) - 1
+        seen = (depth > 0.3) & (places.abs() < 1).all(dim=2)  # (B, K, N)
+        features = self.stem((pictures.flatten(0, 1) - 0.5) * 4).relu()
+        found = F.grid_sample(features, places.mT.flatten(0, 1)[:, :, None].nan_to_num(), align_corners=False)
+        found = torch.where(seen.flatten(0, 1)[:, None], found[..., 0], 0.0).unflatten(0, (batch, count))
+        mean = found.sum(dim=1) / seen.sum(dim=1).clamp(min=1)[:, None]
+        return mean.unflatten(2, grid.shape)
 
 
 class Pillars(nn.Module):
