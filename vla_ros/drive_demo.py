@@ -155,7 +155,7 @@ class DriveDemo:
         })  # fmt: skip
         bags = find_bags([folder])
         if len(bags) != count:
-            raise DemoError(f"{title}: {len(bags)} of {count} drives were recorded (log: {self.out / 'logs'})")
+            raise DriveDemoError(f"{title}: {len(bags)} of {count} drives were recorded (log: {self.out / 'logs'})")
         return bags
 
     def _datasets(self, bags: list[Path], held_out: list[Path]) -> tuple[Dataset, Dataset]:
