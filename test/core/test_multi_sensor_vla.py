@@ -20,8 +20,10 @@ from vla_core.errors import VlaError
 from vla_core.model.action_head.base import ACTION_HEAD_REGISTRY
 from vla_core.model.fusion.sensor_fusion import FiLMFusionConfig, HierarchicalConfig, PooledFusionConfig
 from vla_core.model.inputs import Masked, ModelInputs
+from vla_core.model.sensor.bev import BEVConfig, GridConfig
 from vla_core.model.vla import MultiSensorConfig, MultiSensorVLA, build_model
 from vla_core.model.vla.multi_sensor_vla import pose_matrix, token_grid
+from vla_core.model.vlm import MaxPoolingConfig, TinyCNNEncoderConfig, TinyTransformerConfig
 from vla_core.observation.batch import collate
 from vla_core.observation.builder import Observation, ObservationSpec, Window
 from vla_core.observation.calibration import blank_calibration
@@ -320,3 +322,83 @@ def test_a_vehicles_chunk_is_its_trajectory() -> None:
     sent = encode(action, START, rows, contract.chunk_step_ns)
     np.testing.assert_allclose(decode(action, sent), rows, rtol=1e-6)
     assert rows.shape == (HORIZON, 4)
+
+
+# --- driving by an instruction ---
+
+ROAD = ("x", "y", "z", "intensity")
+
+
+def crossing(batch: int, seed: int) -> tuple[ModelInputs, Tensor]:
+    """Clouds of a left and a right radar that see a way to their side each, at a distance of its own, the words 2
+    (left) or 3 (right), and where the way of that side is: (B, 1, 1)."""
+    random = torch.Generator().manual_seed(seed)
+    far = 1.0 + 2.0 * torch.rand(batch, 2, 1, generator=random)  # m to the left and to the right
+    x = 8.0 * torch.rand(batch, 2, 12, generator=random)
+    y = far.expand(-1, -1, 12) * torch.tensor([1.0, -1.0])[:, None]
+    points = torch.stack([x, y, torch.zeros_like(x), torch.ones_like(x)], dim=-1)
+    side = torch.randint(0, 2, (batch,), generator=random)
+    there = torch.ones(batch, 12, dtype=torch.bool)
+    inputs = ModelInputs(
+        images={"front": torch.zeros(batch, 3, 8, 8)}, image_mask={"front": torch.zeros(batch, dtype=torch.bool)},
+        state=torch.zeros(batch, 1), state_mask=torch.ones(batch, dtype=torch.bool), tokens=2 + side[:, None],
+        clouds={"left": Masked(points[:, 0], there), "right": Masked(points[:, 1], there)},
+    )  # fmt: skip
+    return inputs, (far[:, :, 0] * torch.tensor([1.0, -1.0])).gather(1, side[:, None])[..., None]
+
+
+def driver(**changes: Any) -> MultiSensorConfig:
+    """Both radars as one map, which the instruction modulates, to one number."""
+    grid = GridConfig(x_m=(0.0, 8.0), y_m=(-4.0, 4.0), resolution_m=1.0)
+    values: dict[str, Any] = {
+        "cameras": ("front",), "state_dim": 1, "action_dim": 1, "vocab_size": 4, "horizon": 1,
+        "vision": TinyCNNEncoderConfig(image_size=8, output_dim=8, channels=(8,)),
+        "projector": MaxPoolingConfig(channels=8), "language": TinyTransformerConfig(d_model=32, layers=1),
+        "head": ACTION_HEAD_REGISTRY["mlp"].Config(hidden_dim=32), "readout_tokens": 1,
+        "clouds": {"left": ROAD, "right": ROAD}, "bev_clouds": ("radar",), "bev_merged": {"radar": ("left", "right")},
+        "bev": BEVConfig(grid=grid, width=16, mix_layers=1, stages=(16,), output="global", output_dim=32),
+        "conditioned": True, "summary": True, "mounts": dict.fromkeys(("left", "right"), (0.0,) * 6 + (1.0,)),
+        "fusion": PooledFusionConfig(),
+    }  # fmt: skip
+    return MultiSensorConfig(**{**values, **changes})
+
+
+def test_an_instruction_chooses_between_two_ways_that_are_seen() -> None:
+    torch.manual_seed(0)
+    model = MultiSensorVLA(driver()).train()
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for step in range(160):
+        inputs, way = crossing(32, step)
+        loss = model.loss(inputs, way, torch.ones(32, 1, dtype=torch.bool))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    inputs, way = crossing(64, 10_000)  # distances that it has not seen
+    error = (chunk_of(model, inputs) - way).abs().mean()
+    other = dataclasses.replace(inputs, tokens=5 - inputs.tokens)
+    assert error < 0.25, f"{error:.2f} m; who knows the side alone is off by 0.5 m"
+    assert (chunk_of(model, other) * way < 0).float().mean() > 0.95, "the same place and the other word: the other way"
+
+
+def test_a_radar_of_several_may_be_lost() -> None:
+    model, (inputs, _) = MultiSensorVLA(driver()).eval(), crossing(4, 0)
+    gone = Masked(inputs.clouds["right"].values * float("nan"), torch.zeros_like(inputs.clouds["right"].mask))
+    lost = dataclasses.replace(inputs, clouds={**inputs.clouds, "right": gone})
+    found = chunk_of(model, lost)
+    assert found.isfinite().all() and not torch.allclose(found, chunk_of(model, inputs), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"bev_merged": {"radars": ("left", "right")}}, r"bev_merged.radars: expected one of bev_clouds: radar"),
+        ({"bev_merged": {"radar": ("left", "back")}}, "bev_clouds: no cloud 'back'; choices: left, right"),
+        ({"clouds": {"left": ROAD, "right": ROAD[:3]}}, "bev_merged.radar: expected clouds of the same columns, found "
+                                                        "left: x, y, z, intensity; right: x, y, z"),
+        ({"bev": BEVConfig(patch=4), "summary": False}, "conditioned: needs a bev with stages"),
+        ({"mounts": {"left": (0.0,) * 6 + (1.0,)}}, "mounts: lack right, which the bev places by it"),
+    ],
+)  # fmt: skip
+def test_drivers_that_cannot_be(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        driver(**changes)
