@@ -66,7 +66,7 @@ from vla_ros.bridge import (
 )
 from vla_ros.instruction_server import InstructionServer
 from vla_ros.lifecycle import GuardedNode, run
-from vla_ros.lockstep import Ticks
+from vla_ros.lockstep import Ticks, every_message
 from vla_ros.msg import ActionChunk as ActionChunkMessage
 from vla_ros.msg import Episode
 from vla_ros.parameters import choice, declare, value
@@ -261,7 +261,8 @@ class PolicyNode(GuardedNode):
             # Messages drive the ticks; the timer only covers the wait for the first listener.
             self._timers_held.append(self.create_timer(SYNCHRONOUS_POLL_S, self._answer, clock=self.steady))
         for name, stream in core.builder.streams.items():  # one by one, so that a failure undoes those before it
-            self._subscriptions_held.append(subscribe_stream(self, stream, self._storing(name)))
+            heard = every_message(stream) if self._synchronous else stream
+            self._subscriptions_held.append(subscribe_stream(self, heard, self._storing(name)))
         if self.setup.mounts:
             self._subscriptions_held.append(subscribe_transforms(self, TF_STATIC_TOPIC, self._on_transforms))
         if self._synchronous:
