@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import math
 from collections.abc import Callable, Iterator
@@ -128,11 +129,21 @@ def subscribe_episodes(node: Node, callback: Callable[[Any], None]) -> Subscript
 
 
 def publish_streams(node: Node, contract: RobotContract, depth: int) -> dict[str, Publisher]:
-    """A publisher per topic of the contract's observations."""
+    """A publisher per topic of the contract's observations; reliable, which serves subscriptions of either kind."""
     return {
-        stream.topic: node.create_publisher(message_class(stream.type), stream.topic, stream_qos(stream, depth))
+        stream.topic: node.create_publisher(
+            message_class(stream.type), stream.topic, stream_qos(every_message(stream), depth)
+        )
         for stream in contract.observations.values()
     }
+
+
+def every_message(stream: Stream) -> Stream:
+    """The stream, sent or received reliably.
+
+    In lockstep, who waits for all that a tick lists must not lose a message on a busy machine.
+    """
+    return dataclasses.replace(stream, reliability="reliable")
 
 
 def candidate_topic(topic: str) -> str:

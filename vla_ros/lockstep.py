@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 
 from rclpy.node import Node
@@ -10,7 +9,6 @@ from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
 from rclpy.subscription import Subscription
 from rclpy.time import Time
 
-from vla_core.contract import Stream
 from vla_ros.bridge import TICK_TOPIC
 from vla_ros.msg import Tick
 
@@ -21,11 +19,6 @@ def tick_qos(depth: int) -> QoSProfile:
 
 
 TICK_QOS = tick_qos(1)
-
-
-def every_message(stream: Stream) -> Stream:
-    """The stream, received reliably: who waits for all that a tick lists must not lose one of them on a busy machine."""
-    return dataclasses.replace(stream, reliability="reliable")
 
 
 class Ticks:

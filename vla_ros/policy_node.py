@@ -57,6 +57,7 @@ from vla_ros.bridge import (
     COMMAND_QOS,
     TF_STATIC_TOPIC,
     command_publishers,
+    every_message,
     lost_before,
     misfit,
     stream_qos,
@@ -66,7 +67,7 @@ from vla_ros.bridge import (
 )
 from vla_ros.instruction_server import InstructionServer
 from vla_ros.lifecycle import GuardedNode, run
-from vla_ros.lockstep import Ticks, every_message
+from vla_ros.lockstep import Ticks
 from vla_ros.msg import ActionChunk as ActionChunkMessage
 from vla_ros.msg import Episode
 from vla_ros.parameters import choice, declare, value

@@ -33,9 +33,9 @@ from vla_core.errors import VlaError
 from vla_core.observation.messages import header_stamp_ns
 from vla_core.runtime.follower import ODOMETRY, TrajectoryFollower
 from vla_ros import diagnostics, process
-from vla_ros.bridge import COMMAND_QOS, message_class, misfit, subscribe_episodes, subscribe_stream
+from vla_ros.bridge import COMMAND_QOS, every_message, message_class, misfit, subscribe_episodes, subscribe_stream
 from vla_ros.lifecycle import GuardedNode, run
-from vla_ros.lockstep import Ticks, every_message
+from vla_ros.lockstep import Ticks
 from vla_ros.msg import Episode
 from vla_ros.parameters import choice, contract_of, declare, value
 

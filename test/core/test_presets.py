@@ -43,8 +43,15 @@ VEHICLE = RobotContract.load("vehicle")
 # Million parameters: the published sizes of vision tower and language model, without the adapters.
 PUBLISHED = {"edge": (85.8, 494.0), "base": (303.4, 1543.7), "large": (303.4, 7070.6), "driving": (86.6, 494.0)}
 # Qwen2-7B without its output matrix, which no feature passes.
-TOTAL = {"tiny": 0.13, "small": 68.0, "edge": 656.1, "base": 1991.3, "large": 7794.3, "driving": 661.3,
-         "driving_tiny": 3.0}
+TOTAL = {
+    "tiny": 0.13,
+    "small": 68.0,
+    "edge": 656.1,
+    "base": 1991.3,
+    "large": 7794.3,
+    "driving": 661.3,
+    "driving_tiny": 3.0,
+}
 
 
 def unloaded(recipe: Any) -> Any:

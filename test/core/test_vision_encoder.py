@@ -344,7 +344,8 @@ def test_parts_are_named_by_their_tags() -> None:
     model = from_dict(Model, data)
     assert model.vision == VisionEncoderConfig(model_name="dinov2-base")
     assert model.language.lora.r == 8 and from_dict(Model, to_dict(model)) == model
-    for name, tags in (("vision", "mobilenet_v2, tiny_cnn, vit"), ("projector", "attention_pooling, max_pooling, mlp, perceiver"),
+    for name, tags in (("vision", "mobilenet_v2, tiny_cnn, vit"),
+                       ("projector", "attention_pooling, max_pooling, mlp, perceiver"),
                        ("language", "llm, tiny_gru")):  # fmt: skip
         with pytest.raises(ConfigError, match=f"{name}.type: found 'other', expected one of {tags}"):
             from_dict(Model, {**data, name: {"type": "other"}})
