@@ -34,7 +34,7 @@ from vla_core.model.vlm.vision_encoder import TinyCNNConfig
 from vla_core.observation import messages, writing
 from vla_core.observation.builder import CloudSpec, ImageSize, ObservationSpec
 from vla_core.observation.normalizer import Normalization, Normalizer
-from vla_ros.bridge import COMMAND_QOS, EPISODE_QOS, message_class, stream_qos
+from vla_ros.bridge import COMMAND_QOS, EPISODE_QOS, every_message, message_class, stream_qos
 from vla_ros.lockstep import TICK_QOS
 from vla_ros.sensor_setup import SensorSetup, wait_for_sensors
 
@@ -87,7 +87,7 @@ class Vehicle:
     def __init__(self, ros: Ros) -> None:
         self.ros, self.node = ros, ros.node("vehicle")
         self.sensors = {
-            name: self.node.create_publisher(message_class(s.type), s.topic, stream_qos(s, 100))
+            name: self.node.create_publisher(message_class(s.type), s.topic, stream_qos(every_message(s), 100))
             for name, s in CONTRACT.observations.items() if name in ("front", "odom", "instruction")
         }  # fmt: skip
         self.ticks = self.node.create_publisher(Tick, "tick", TICK_QOS)
@@ -316,7 +316,7 @@ def test_transforms_are_held_against_the_checkpoints_mounts(ros: Ros, tmp_path: 
     told = writing.transforms(0, "base_link", {"lidar": (1.0 + shift, *mount[1:])})
     publisher.publish(deserialize_message(told, TFMessage))
     sensors = {
-        name: node.create_publisher(message_class(s.type), s.topic, stream_qos(s, 100))
+        name: node.create_publisher(message_class(s.type), s.topic, stream_qos(every_message(s), 100))
         for name, s in CONTRACT.observations.items() if name in ("front", "odom", "lidar")
     }  # fmt: skip
     columns = dict.fromkeys(CONTRACT.observations["lidar"].names, np.ones(4, dtype=np.float32))
