@@ -107,6 +107,8 @@ class Vehicle:
         publishers = (*self.sensors.values(), self.episodes, *([self.ticks] if lockstep else []))
         self.ros.spin_until(lambda: all(p.get_subscription_count() for p in publishers)
                             and policy.count_publishers("tick") > 0, "the policy")  # fmt: skip
+        # No tick lists what was said: it must be there before the first one.
+        self.ros.spin_until(lambda: policy.core.buffer.newest_ns("instruction") is not None, "the instruction")
 
     def see(self, at_ns: int, *, front: bool = True, odometry: tuple[int, ...] = (40, 20, 0)) -> dict[str, int]:
         """Sensor messages of a tick; odometry that many ms before it. Returns the newest stamp per topic."""
