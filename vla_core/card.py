@@ -100,9 +100,9 @@ ros2 run vla_ros policy_node --ros-args -p checkpoint:={repo_id}
 ```
 
 ```python
-from vla_core.runtime.policy import Policy
+from vla_core.runtime.policy import CheckpointPolicy
 
-policy = Policy.load("{repo_id}")
+policy = CheckpointPolicy.load("{repo_id}")
 ```
 
 `contract.yaml` says which topics it needs, with types, units, rates and ages; a robot that differs is refused.""")

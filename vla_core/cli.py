@@ -265,9 +265,9 @@ def _replay(parsed: argparse.Namespace) -> int:
     from vla_core.evaluation import plots
     from vla_core.evaluation.open_loop import replay
     from vla_core.runtime.core import PolicyCore
-    from vla_core.runtime.policy import Policy
+    from vla_core.runtime.loading import load_policy
 
-    core = PolicyCore(Policy.load(parsed.checkpoint))
+    core = PolicyCore(load_policy(parsed.checkpoint))
     result = replay(parsed.bag, core)
     parsed.out.mkdir(parents=True, exist_ok=True)
     figures: dict[str, Any] = {"bag": str(parsed.bag), "checkpoint": str(parsed.checkpoint)}

@@ -22,7 +22,7 @@ from vla_core.evaluation.report import DemoResult, LiveRun, write_report
 from vla_core.observation.builder import ObservationSpec
 from vla_core.progress import bar
 from vla_core.runtime.core import PolicyCore
-from vla_core.runtime.policy import Policy
+from vla_core.runtime.loading import load_policy
 from vla_core.sim.metaworld import INSTRUCTIONS, MetaWorld, instruction_for
 from vla_core.training.recipe import Recipe, load_recipe
 from vla_core.training.trainer import Progress, Result, train
@@ -163,7 +163,7 @@ class Demo:
         self._graph("parity", "record_policy", checkpoint=str(self.out / "checkpoint"), task=options.task,
                     camera=self.camera, output=str(folder / "bags"), seed=PARITY_SEED, episodes=2,
                     max_steps=options.max_steps, log_dir=str(folder))  # fmt: skip
-        policy = Policy.load(self.out / "checkpoint")
+        policy = load_policy(self.out / "checkpoint")
         found = [compare(folder / "inputs.safetensors", bag, policy) for bag in find_bags([folder / "bags"])]
         return Parity(
             sum(p.compared for p in found),
@@ -173,7 +173,7 @@ class Demo:
 
     def _replay(self, bags: list[Path]) -> Replay:
         with bar("replay", 1) as advance:
-            core = PolicyCore(Policy.load(self.out / "checkpoint"))
+            core = PolicyCore(load_policy(self.out / "checkpoint"))
             result = replay(bags[0], core)
             advance(1, str(bags[0]))
         return result

@@ -34,6 +34,7 @@ from vla_core.evaluation.runner import run_plan
 from vla_core.evaluation.suites import assignments
 from vla_core.progress import bar
 from vla_core.runtime.core import PolicyCore
+from vla_core.runtime.loading import load_policy
 from vla_core.runtime.policy import Policy
 from vla_core.sim.driving.routes import kind_of, scenario
 from vla_core.sim.worlds import find
@@ -126,7 +127,7 @@ class DriveDemo:
             result = self._train(data, held_out, history)
         with self._timed("drive live"):
             live = self._live()
-        policy = Policy.load(self.out / "checkpoint")
+        policy = load_policy(self.out / "checkpoint")
         with self._timed("replay"):
             mine, steady, seen = self._replay(policy, held_out_bags)
         with self._timed("ablations"):

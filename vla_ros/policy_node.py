@@ -37,20 +37,19 @@ from rclpy.time import Time
 from std_msgs.msg import String
 from std_srvs.srv import Trigger
 
-from vla_core.checkpoint import fingerprint
 from vla_core.commands import check_action, encode_frame
 from vla_core.config import override
 from vla_core.contract import NANOSECONDS, RobotContract
 from vla_core.data.recording import LossCounter
 from vla_core.errors import VlaError
 from vla_core.evaluation.parity import InputLog
-from vla_core.hub import local_folder
 from vla_core.observation import messages
 from vla_core.observation.builder import Unobserved
 from vla_core.observation.decode import decode
 from vla_core.runtime.chunk_executor import ActionChunk
 from vla_core.runtime.core import LATENCIES, Command, PolicyCore
-from vla_core.runtime.policy import Policy, PolicyError
+from vla_core.runtime.loading import load_policy
+from vla_core.runtime.policy import PolicyError
 from vla_ros import diagnostics, process
 from vla_ros.bridge import (
     CHUNK_TOPIC,
@@ -208,8 +207,7 @@ class PolicyNode(GuardedNode):
         if not folder:
             raise VlaError("parameter checkpoint is empty; name the folder of a trained policy, or one on the hub")
         self._synchronous = choice(self, "inference", ("asynchronous", "synchronous")) == "synchronous"
-        folder = str(local_folder(folder))
-        policy = Policy.load(folder, int(value(self, "seed")), value(self, "dataset") or None)
+        policy = load_policy(folder, int(value(self, "seed")), value(self, "dataset") or None)
         if value(self, "contract"):
             robot = RobotContract.load(value(self, "contract"))
             policy.contract.check_same(robot, f"checkpoint {folder}", value(self, "contract"))
@@ -217,7 +215,7 @@ class PolicyNode(GuardedNode):
         if policy.contract.offline:
             raise VlaError(f"checkpoint {folder}: its contract is offline, it sees the future; no robot has that")
         changes = [change for entry in value(self, "execution") for change in entry.split()]
-        execution = policy.checkpoint.config.execution.changed(override({}, changes))
+        execution = policy.execution.changed(override({}, changes))
         core = PolicyCore(policy, execution, wall_clock=not (self._synchronous or value(self, "use_sim_time")))
         interval_ns = execution.interval_ns(core.contract.chunk_step_ns)
         if self._synchronous and core.contract.plans and interval_ns > core.contract.step_ns:
@@ -227,14 +225,12 @@ class PolicyNode(GuardedNode):
         for action in core.contract.actions.values():
             check_action(action)
         if value(self, "check_sensors_s"):
-            wait_for_sensors(
-                self, core.contract, policy.spec, policy.checkpoint.config.model, value(self, "check_sensors_s")
-            )
+            wait_for_sensors(self, core.contract, policy.spec, policy.model, value(self, "check_sensors_s"))
         core.warm_up()
         self.core = core
-        self.setup = SensorSetup(core.contract, policy.spec, policy.checkpoint.config.model)
+        self.setup = SensorSetup(core.contract, policy.spec, policy.model)
         self._bounds = (core.contract.action_low, core.contract.action_high)
-        self._fingerprint = fingerprint(folder)
+        self._fingerprint = policy.fingerprint
         self._last_tick_ns, self._answered_ns, self._last_values = -1, -1, None  # nothing of an earlier policy
         self._received_ns, self._episode_ns = {}, 0
         rates = {name: s.rate_hz for name, s in core.builder.streams.items() if s.rate_hz}

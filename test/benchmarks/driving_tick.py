@@ -15,7 +15,7 @@ from vla_core.model.vla.sizes import columns
 from vla_core.observation.builder import Observation, ObservationBuilder
 from vla_core.observation.messages import text
 from vla_core.observation.normalizer import Normalizer, compute_statistics, entry_names
-from vla_core.runtime.policy import Policy
+from vla_core.runtime.policy import CheckpointPolicy, Policy
 from vla_core.sim.actuation import Follower
 from vla_core.sim.base import HasExpert, View
 from vla_core.sim.worlds import make_world
@@ -96,7 +96,7 @@ def untrained(drive: Drive) -> Policy:
     tokenizer = MODEL_REGISTRY[recipe.model.type].tokenizer(recipe.model, [drive.words])
     torch.manual_seed(0)
     config = recipe.model_config(contract, tokenizer.vocab_size)
-    return Policy(Checkpoint(
+    return CheckpointPolicy(Checkpoint(
         config=PolicyConfig(model=config, observation=recipe.observation, normalization=recipe.normalization,
                             execution=recipe.execution),
         model=build_model(config).eval(), normalizer=normalizer, tokenizer=tokenizer, contract=contract,

@@ -109,10 +109,10 @@ def storing(node: Any, contract: Path) -> dict[str, int]:
 def predict_for_ever(checkpoint: Path) -> None:
     """The model's load in a process of its own; prints the milliseconds of each prediction when SIGINT ends it."""
     from test.benchmarks.policies import predict_ms
-    from vla_core.runtime.policy import Policy
+    from vla_core.runtime.policy import CheckpointPolicy
 
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it otherwise
-    policy = Policy.load(checkpoint)
+    policy = CheckpointPolicy.load(checkpoint)
     times_ms: list[float] = []
     try:
         while True:

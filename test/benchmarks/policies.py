@@ -24,7 +24,7 @@ from vla_core.model.vlm.vision_encoder import TinyCNNConfig
 from vla_core.observation.builder import ImageSize, Observation, ObservationSpec
 from vla_core.observation.normalizer import Normalization, Normalizer
 from vla_core.runtime.execution import Execution
-from vla_core.runtime.policy import Policy
+from vla_core.runtime.policy import CheckpointPolicy, Policy
 
 TRAIN_STEPS = 1000
 SENSING_HORIZON = 100  # two seconds: half of a chunk runs before the next is due
@@ -46,7 +46,7 @@ def save_large(path: Path, contract: RobotContract, milliseconds: float) -> floa
     for _ in range(4):
         head = DiffusionHeadConfig(hidden_dim=768, layers=4, train_steps=TRAIN_STEPS, inference_steps=steps)
         checkpoint = _checkpoint(contract, _seeing(64), horizon, 1, head)
-        policy = Policy(checkpoint)
+        policy = CheckpointPolicy(checkpoint)
         needed = min(predict_ms(policy, time.process_time) for _ in range(8))  # whatever else the machine does
         if abs(needed / milliseconds - 1) < 0.05:
             break

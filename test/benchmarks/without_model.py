@@ -7,29 +7,27 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from test.benchmarks.policies import SENSING_HORIZON
 from test.benchmarks.robots import LIDARS, POINTS
+from vla_core.checkpoint import Checkpoint
 from vla_core.observation.builder import CloudSpec, Observation
+from vla_core.runtime import loading
 from vla_core.runtime.chunk_executor import ActionChunk
-from vla_core.runtime.policy import Policy
+from vla_core.runtime.policy import CheckpointPolicy
 from vla_ros import policy_node
 
 
-class NoModel(Policy):
+class NoModel(CheckpointPolicy):
     """Answers every observation with zeros."""
 
-    @classmethod
-    def load(cls, path: Path | str, seed: int = 0) -> Policy:
-        """Load a checkpoint and add the LiDARs to what it observes."""
-        policy = super().load(path, seed)
+    def __init__(self, checkpoint: Checkpoint, seed: int = 0) -> None:
+        super().__init__(checkpoint, seed)
         clouds = {f"lidar_{i}": CloudSpec(max_points=POINTS) for i in range(LIDARS)}
-        policy.spec = dataclasses.replace(policy.spec, clouds=clouds)
-        return policy
+        self.spec = dataclasses.replace(self.spec, clouds=clouds)
 
     def predict(self, observation: Observation, continues: Any = None) -> ActionChunk:
         """A chunk of zeros."""
@@ -38,5 +36,5 @@ class NoModel(Policy):
 
 
 if __name__ == "__main__":
-    policy_node.Policy = NoModel  # type: ignore[attr-defined]
+    loading.CheckpointPolicy = NoModel  # type: ignore[misc]
     sys.exit(policy_node.main())

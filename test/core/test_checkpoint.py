@@ -20,7 +20,7 @@ from vla_core.checkpoint import FILES, Checkpoint, fingerprint
 from vla_core.errors import VlaError
 from vla_core.observation.builder import Observation
 from vla_core.observation.normalizer import Normalization, Normalizer, Statistics, entry_names
-from vla_core.runtime.policy import Policy, PolicyError
+from vla_core.runtime.policy import CheckpointPolicy, PolicyError
 
 from .helpers import CONTRACT, SPEC, START, checkpoint, pixels, with_action
 
@@ -41,8 +41,8 @@ def test_a_loaded_policy_predicts_bit_for_bit_the_same(tmp_path: Path) -> None:
     loaded = Checkpoint.load(tmp_path / "a" / "policy")
     assert not loaded.model.training
     for seed in range(5):
-        a = Policy(original).predict(observation(seed)).actions
-        b = Policy(loaded).predict(observation(seed)).actions
+        a = CheckpointPolicy(original).predict(observation(seed)).actions
+        b = CheckpointPolicy(loaded).predict(observation(seed)).actions
         assert a.tobytes() == b.tobytes() and np.ptp(a) > 0
     assert loaded.config == original.config and loaded.contract == CONTRACT
     assert loaded.tokenizer.encode("lift it now") == original.tokenizer.encode("lift it now") == [2, 3, 1]
@@ -52,7 +52,7 @@ def test_a_loaded_policy_predicts_bit_for_bit_the_same(tmp_path: Path) -> None:
 
 def test_a_prediction_is_in_the_units_of_the_contract(saved: Path) -> None:
     """min -1/-2, max 1/2: what the model says is scaled by 1 and 2."""
-    policy = Policy.load(saved)
+    policy = CheckpointPolicy.load(saved)
     with torch.no_grad():
         for parameter in policy.checkpoint.model.head.parameters():
             parameter.zero_()
@@ -63,7 +63,7 @@ def test_a_prediction_is_in_the_units_of_the_contract(saved: Path) -> None:
 
 
 def test_a_policy_that_predicts_no_number_is_stopped(saved: Path) -> None:
-    policy = Policy.load(saved)
+    policy = CheckpointPolicy.load(saved)
     with torch.no_grad():
         next(policy.checkpoint.model.head.parameters()).fill_(float("nan"))
     with pytest.raises(PolicyError, match=f"non-finite.*{START}"):
@@ -216,8 +216,8 @@ def test_a_new_checkpoint_replaces_the_old_one(saved: Path) -> None:
     new = checkpoint()
     new.save(saved)
     assert fingerprint(saved) != before
-    expected = Policy(new).predict(observation()).actions
-    np.testing.assert_array_equal(Policy.load(saved).predict(observation()).actions, expected)
+    expected = CheckpointPolicy(new).predict(observation()).actions
+    np.testing.assert_array_equal(CheckpointPolicy.load(saved).predict(observation()).actions, expected)
     assert os.listdir(saved.parent) == ["policy"]
 
 
@@ -242,13 +242,13 @@ def test_a_mixture_runs_by_the_statistics_that_are_asked_for(tmp_path: Path) -> 
     checkpoint(dataset_statistics=mixture()).save(path)
     assert sorted(os.listdir(path)) == sorted([*FILES, "dataset_statistics.json"])
     assert Checkpoint.load(path).dataset_statistics == mixture()
-    plain = Policy.load(path).predict(observation()).actions
-    np.testing.assert_array_equal(Policy.load(path, dataset="kitchen").predict(observation()).actions, plain)
-    np.testing.assert_allclose(Policy.load(path, dataset="garage").predict(observation()).actions, 10 * plain)
+    plain = CheckpointPolicy.load(path).predict(observation()).actions
+    np.testing.assert_array_equal(CheckpointPolicy.load(path, dataset="kitchen").predict(observation()).actions, plain)
+    np.testing.assert_allclose(CheckpointPolicy.load(path, dataset="garage").predict(observation()).actions, 10 * plain)
     with pytest.raises(VlaError, match="policy: no statistics of a dataset 'attic'; choices: garage, kitchen"):
-        Policy.load(path, dataset="attic")
+        CheckpointPolicy.load(path, dataset="attic")
     Checkpoint.load(path, dataset="garage").save(tmp_path / "deployed")
-    np.testing.assert_allclose(Policy.load(tmp_path / "deployed").predict(observation()).actions, 10 * plain)
+    np.testing.assert_allclose(CheckpointPolicy.load(tmp_path / "deployed").predict(observation()).actions, 10 * plain)
 
 
 def test_statistics_of_a_mixture_are_checked_as_the_others(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from vla_core.runtime.chunk import ActionChunk
 from vla_core.runtime.chunk_executor import ChunkExecutor
 from vla_core.runtime.core import PolicyCore
 from vla_core.runtime.execution import Execution
-from vla_core.runtime.policy import Policy
+from vla_core.runtime.policy import CheckpointPolicy
 
 from .helpers import START, STEP, arm, camera, checkpoint, task
 
@@ -91,7 +91,7 @@ def test_due_after_the_rows_that_are_meant_to_run(execute: int) -> None:
 
 
 def core() -> PolicyCore:
-    return PolicyCore(Policy(checkpoint()))
+    return PolicyCore(CheckpointPolicy(checkpoint()))
 
 
 def feed(target: PolicyCore, stamp_ns: int, k: int) -> None:
@@ -146,7 +146,7 @@ def test_the_noise_of_a_policy_comes_from_its_seed_and_the_stamp_alone() -> None
     shared = checkpoint(head=DiffusionHeadConfig(hidden_dim=32, train_steps=10, inference_steps=5))
 
     def predicted(seed: int, *stamps: int) -> list[bytes]:
-        target = PolicyCore(Policy(shared, seed))
+        target = PolicyCore(CheckpointPolicy(shared, seed))
         target.add("task", task(0, "lift it").data, START)
         target.add("arm", arm(START, 0.5).data, START)
         target.add("camera", camera(START, 1).data, START)

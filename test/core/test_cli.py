@@ -24,7 +24,7 @@ from vla_core.model.vlm.text_encoder import WordTokenizer
 from vla_core.model.vlm.vision_encoder import TinyCNNConfig
 from vla_core.observation.builder import ImageSize, ObservationSpec
 from vla_core.observation.normalizer import Normalization, Normalizer
-from vla_core.runtime.policy import Policy
+from vla_core.runtime.policy import CheckpointPolicy
 
 from .helpers import CONTRACT, SPEC, START, arm, checkpoint, recipe, stream_messages, write_bag
 
@@ -77,7 +77,7 @@ def test_the_loop_of_a_user(made: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert [e.bag for e in load(made / "data").episodes] == ["one", "two"]
     run("train", "toy.yaml", "training.steps=6", "--dataset", "data", "--validation", "set", "--out", "run/policy")
     assert any((made / "run" / "policy.training" / "tensorboard").iterdir())
-    assert Policy.load(made / "run" / "policy").checkpoint.config.provenance["recipe"] == "toy.yaml"
+    assert CheckpointPolicy.load(made / "run" / "policy").checkpoint.config.provenance["recipe"] == "toy.yaml"
     run("replay", "run/policy", "bags/one", "--out", "replayed")
     figures = json.loads((made / "replayed" / "replay.json").read_text())
     assert figures["ticks"] == 20 and set(figures["mae_per_action"]) == {"shoulder", "elbow"}

@@ -31,7 +31,7 @@ from vla_core.model.vla.mini_vla import MiniVLA
 from vla_core.observation.builder import Observation
 from vla_core.runtime.core import PolicyCore
 from vla_core.runtime.execution import Execution
-from vla_core.runtime.policy import Policy
+from vla_core.runtime.policy import CheckpointPolicy
 from vla_core.sim.worlds import make_world
 
 from . import toy_world
@@ -80,9 +80,9 @@ def test_the_number_of_processes_does_not_change_the_results(place: Path) -> Non
 
 
 def test_an_episode_is_the_same_alone_and_after_others(place: Path) -> None:
-    world, core = make_world("toy:lift", CONTRACT), PolicyCore(Policy.load("one"))
+    world, core = make_world("toy:lift", CONTRACT), PolicyCore(CheckpointPolicy.load("one"))
     together = evaluate(world, core, "lift it", [3, 8, 5], 12, delay_steps=1)
-    alone = run_episode(world, PolicyCore(Policy.load("one")), "lift it", 5, 12, delay_steps=1)
+    alone = run_episode(world, PolicyCore(CheckpointPolicy.load("one")), "lift it", 5, 12, delay_steps=1)
     assert dataclasses.replace(together[2], inference_ms=()) == dataclasses.replace(alone, inference_ms=())
     assert len(alone.inference_ms) == len(together[2].inference_ms) > 1
 
@@ -233,7 +233,7 @@ def test_checkpoints_of_different_models_are_not_averaged(place: Path, capsys: p
 
 def test_an_ensemble_executes_the_mean_of_its_members_chunks(place: Path) -> None:
     seen: list[Observation] = []
-    members = [Policy.load("one"), Policy.load("two")]
+    members = [CheckpointPolicy.load("one"), CheckpointPolicy.load("two")]
     ensemble = Ensemble(members)
     predict = ensemble.predict
 
@@ -354,7 +354,7 @@ def test_words_take_turns_over_the_seeds(place: Path, capsys: pytest.CaptureFixt
 
 
 def test_a_trainer_gets_the_success_of_a_policy_in_memory(place: Path) -> None:
-    found = closed_loop_success(Policy.load("one"), "toy:drop", range(6), 10)
+    found = closed_loop_success(CheckpointPolicy.load("one"), "toy:drop", range(6), 10)
     _, record = run("one", "--task", "toy:drop", "--seed", "0", "--episodes", "6", "--max-steps", "10")
     assert found["trials"] == 6
     assert found["successes"] == record["runs"][0]["successes"]
@@ -367,13 +367,13 @@ def test_pictures_that_no_chunk_is_inferred_from_are_not_asked_for(place: Path) 
     made: Checkpoint = checkpoint(SAMPLED, contract=fast)
     execution = Execution(steps=3)
     world: Any = make_world("toy:lift", fast)
-    lazy = run_episode(world, PolicyCore(Policy(made), execution), "lift it", 4, 7)
+    lazy = run_episode(world, PolicyCore(CheckpointPolicy(made), execution), "lift it", 4, 7)
     assert lazy.steps == 7 and world.pictures == 3
     eager = make_world("toy:lift", fast)
     eager.steps_per_frame = 1
     state = eager.observe_state
     eager.observe_state = lambda stamp_ns: state(stamp_ns) + eager.observe_camera(stamp_ns)  # type: ignore[method-assign]
-    result = run_episode(eager, PolicyCore(Policy(made), execution), "lift it", 4, 7)
+    result = run_episode(eager, PolicyCore(CheckpointPolicy(made), execution), "lift it", 4, 7)
     assert dataclasses.replace(result, inference_ms=()) == dataclasses.replace(lazy, inference_ms=())
 
 

@@ -22,7 +22,7 @@ from vla_core.observation.builder import Observation
 from vla_core.runtime.chunk_executor import ActionChunk
 from vla_core.runtime.core import PolicyCore
 from vla_core.runtime.execution import Execution
-from vla_core.runtime.policy import Policy
+from vla_core.runtime.policy import CheckpointPolicy, Policy
 
 from .helpers import MS, START, STEP, checkpoint, command, stream_messages, write_bag
 
@@ -81,7 +81,7 @@ def test_percentile() -> None:
 # --- open loop ------------------------------------------------------------------------------------------------------
 
 
-class Knowing(Policy):
+class Knowing(CheckpointPolicy):
     """Knows the commands of ``stream_messages`` (k/200, -k/100 at tick k) and adds offsets (H, A) to them."""
 
     def __init__(self, offsets: np.ndarray) -> None:
@@ -186,7 +186,7 @@ def live_run(policy: Policy, log: Path, messages: list[Any]) -> None:
 
 @pytest.fixture
 def policy() -> Policy:
-    return Policy(checkpoint(head=DiffusionHeadConfig(hidden_dim=32, train_steps=10, inference_steps=5)))
+    return CheckpointPolicy(checkpoint(head=DiffusionHeadConfig(hidden_dim=32, train_steps=10, inference_steps=5)))
 
 
 def test_a_recorded_run_gives_bit_equal_inputs_and_chunks(tmp_path: Path, policy: Policy) -> None:
@@ -201,7 +201,7 @@ def test_guided_chunks_are_replayed_from_what_they_continued(tmp_path: Path) -> 
     head = DiffusionHeadConfig(hidden_dim=32, train_steps=10, inference_steps=5)
     guided = checkpoint(head=head)
     config = dataclasses.replace(guided.config, execution=Execution(strategy="rtc", steps=1, initial_delay_steps=1))
-    policy = Policy(dataclasses.replace(guided, config=config))
+    policy = CheckpointPolicy(dataclasses.replace(guided, config=config))
     recorded = stream_messages(30)
     live_run(policy, tmp_path / "log", recorded)
     frozen = load_file(tmp_path / "log")["continues.frozen"]

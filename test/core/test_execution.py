@@ -22,7 +22,7 @@ from vla_core.runtime.chunk_executor import MAX_CHUNKS, ChunkExecutor
 from vla_core.runtime.core import PolicyCore
 from vla_core.runtime.execution import STRATEGIES, Execution
 from vla_core.runtime.execution_metrics import KEPT, ExecutionMetrics
-from vla_core.runtime.policy import Policy
+from vla_core.runtime.policy import CheckpointPolicy
 
 from .helpers import START, STEP, arm, camera, checkpoint, task
 
@@ -123,7 +123,7 @@ def test_a_head_that_cannot_be_guided_is_refused_at_load(tmp_path: Any, head: An
     with pytest.raises(ConfigError, match=message):
         dataclasses.replace(made.config, execution=Execution(strategy="rtc", steps=2))
     with pytest.raises(ConfigError, match=message):
-        PolicyCore(Policy(made), Execution(strategy="rtc", steps=2))
+        PolicyCore(CheckpointPolicy(made), Execution(strategy="rtc", steps=2))
     file = tmp_path / "policy" / "config.json"
     file.write_text(file.read_text().replace('"receding"', '"rtc"'))
     with pytest.raises(CheckpointError, match=message):
@@ -404,7 +404,7 @@ GUIDED = [
 
 
 def fed(head: Any, execution: Execution) -> PolicyCore:
-    target = PolicyCore(Policy(checkpoint(head=head)), execution)
+    target = PolicyCore(CheckpointPolicy(checkpoint(head=head)), execution)
     target.add("task", task(0, "lift it").data, START)
     return target
 

@@ -23,7 +23,7 @@ from vla_core.config import to_dict
 from vla_core.data.lerobot.reader import LeRobotFolder
 from vla_core.errors import VlaError
 from vla_core.hub import HubError
-from vla_core.runtime.policy import Policy
+from vla_core.runtime.policy import CheckpointPolicy
 
 from .helpers import checkpoint, episodes, recipe, write_dataset
 from .hub_server import Hub, serve
@@ -60,8 +60,8 @@ def test_a_policy_comes_back_as_it_went(remote: Hub) -> None:
     assert files is not None and sorted(files) == sorted([*FILES, "README.md"])
     back = Checkpoint.from_pretrained("user/policy")
     assert back.config == original.config and back.contract == original.contract
-    expected = Policy(original).predict(observation()).actions
-    assert Policy.load("user/policy").predict(observation()).actions.tobytes() == expected.tobytes()
+    expected = CheckpointPolicy(original).predict(observation()).actions
+    assert CheckpointPolicy.load("user/policy").predict(observation()).actions.tobytes() == expected.tobytes()
 
 
 def test_what_was_downloaded_runs_without_a_network(remote: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,10 +69,10 @@ def test_what_was_downloaded_runs_without_a_network(remote: Hub, monkeypatch: py
     first = hub.local_folder("user/policy")
     turn_to(UNREACHABLE, monkeypatch)
     assert hub.local_folder("user/policy") == first
-    Policy.load("user/policy")
+    CheckpointPolicy.load("user/policy")
     with pytest.raises(HubError, match=r"user/other: no such folder here, and user/other is not in the local cache .*"
                                        r"cannot be reached .*: download it once") as caught:  # fmt: skip
-        Policy.load("user/other")
+        CheckpointPolicy.load("user/other")
     assert "\n" not in str(caught.value)
     with pytest.raises(HubError, match=r"not uploaded: user/policy at http://127\.0\.0\.1:9"):
         checkpoint().push_to_hub("user/policy")
@@ -115,11 +115,11 @@ def test_a_revision_is_a_part_of_the_name(remote: Hub) -> None:
     new = checkpoint()
     new.push_to_hub("user/policy")
     for name, expected in (("user/policy@v1", old), ("user/policy", new), ("user/policy@main", new)):
-        found = Policy.load(name).predict(observation()).actions
-        assert found.tobytes() == Policy(expected).predict(observation()).actions.tobytes()
+        found = CheckpointPolicy.load(name).predict(observation()).actions
+        assert found.tobytes() == CheckpointPolicy(expected).predict(observation()).actions.tobytes()
     revision = Checkpoint.from_pretrained("user/policy", revision=repository.refs["v1"])
-    assert Policy(revision).predict(observation()).actions.tobytes() == (
-        Policy(old).predict(observation()).actions.tobytes()
+    assert CheckpointPolicy(revision).predict(observation()).actions.tobytes() == (
+        CheckpointPolicy(old).predict(observation()).actions.tobytes()
     )
 
 
@@ -210,7 +210,7 @@ def test_a_dataset_on_the_hub_is_trained_on(remote: Hub, tmp_path: Path, capsys:
     shutil.rmtree(tmp_path / "data")
     (tmp_path / "toy.yaml").write_text(yaml.safe_dump(to_dict(recipe(steps=2))))
     assert main(["train", "toy.yaml", "--dataset", "user/data", "--out", "policy"]) == 0
-    Policy.load(tmp_path / "policy").predict(observation())
+    CheckpointPolicy.load(tmp_path / "policy").predict(observation())
     capsys.readouterr()
     assert main(["inspect", "user/data"]) == 0
     assert "2 episodes, 35 frames" in capsys.readouterr().out

@@ -47,6 +47,13 @@ def test_only_the_entries_that_are_named_are_disturbed_and_bounds_hold() -> None
         Disturbance(dataclasses.replace(NOISE, entries=("brake",)), DRIVE, np.random.default_rng(0))
 
 
+def test_what_may_only_be_lowered_is_never_raised() -> None:
+    added = moved(dataclasses.replace(NOISE, lowered=("speed",)), 2_000)
+    assert added[:, 1].max() == 0 and added[:, 1].min() < -3.4 and added[:, 0].max() > 0.27
+    with pytest.raises(ConfigError, match=r"noise\.lowered: no speed in noise\.entries; choices: steering_angle"):
+        moved(dataclasses.replace(NOISE, entries=("steering_angle",), lowered=("speed",)), 1)
+
+
 def test_a_share_of_the_episodes_has_none() -> None:
     noise = dataclasses.replace(NOISE, episodes=0.25)
     quiet = [not moved(noise, 100, seed).any() for seed in range(200)]

@@ -30,7 +30,7 @@ from vla_core.observation.normalizer import Normalization, Normalizer
 from vla_core.observation.spec import ImageSize, ObservationSpec
 from vla_core.resources import share
 from vla_core.runtime.execution import Execution
-from vla_core.runtime.policy import Policy
+from vla_core.runtime.policy import CheckpointPolicy
 from vla_core.training.recipe import Recipe, load_preset, load_recipe
 from vla_core.training.trainer import train
 
@@ -147,7 +147,7 @@ def test_the_driving_model_takes_an_observation_of_the_vehicle(tmp_path: Path, o
     back = Checkpoint.load(tmp_path / "policy", **again)
     inputs = collate([blank, blind], back.normalizer, back.tokenizer, recipe.observation)
     assert torch.equal(back.model.predict(inputs), chunk)
-    log, policy = InputLog(), Policy(back)
+    log, policy = InputLog(), CheckpointPolicy(back)
     log.add(blind, policy.predict(blind))
     log.save(tmp_path / "inputs.safetensors", policy)
     logged = load_file(tmp_path / "inputs.safetensors")
@@ -174,7 +174,7 @@ def test_a_preset_trains_as_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
                "training.batch_size=8"]  # fmt: skip
     assert main(["train", "toy.yaml", *options, "--dataset", "data", "--validation", "data", "--out", "policy"]) == 0
     assert main(["replay", "policy", "bags/0", "--out", "replayed"]) == 0
-    policy = Policy.load(tmp_path / "policy")
+    policy = CheckpointPolicy.load(tmp_path / "policy")
     assert isinstance(policy.checkpoint.model, VLAModel)
     assert policy.checkpoint.config.model.horizon == 4 and policy.checkpoint.config.model.cameras == ("camera",)
     assert policy.checkpoint.model.prefix_cache.computed == 0
@@ -194,8 +194,8 @@ def test_a_seed_decides_the_run_and_a_checkpoint_comes_back_bit_for_bit(tmp_path
     assert all(torch.equal(first[name], second[name]) for name in first)
     results[0].checkpoint.save(tmp_path / "policy")
     seen = Observation(START, {"camera": np.zeros((6, 8, 3), np.uint8)}, np.ones(2, np.float32), "lift it", {})
-    expected = Policy(results[0].checkpoint).predict(seen).actions
-    assert Policy.load(tmp_path / "policy").predict(seen).actions.tobytes() == expected.tobytes()
+    expected = CheckpointPolicy(results[0].checkpoint).predict(seen).actions
+    assert CheckpointPolicy.load(tmp_path / "policy").predict(seen).actions.tobytes() == expected.tobytes()
 
 
 def hub_checkpoint() -> Checkpoint:
@@ -223,9 +223,12 @@ def test_a_language_model_and_its_tokenizer_come_back_from_a_checkpoint(tmp_path
     checkpoint = hub_checkpoint()
     checkpoint.save(tmp_path / "policy")
     seen = Observation(START, {"camera": np.zeros((6, 8, 3), np.uint8)}, np.ones(2, np.float32), "lift it", {})
-    a, b = Policy(checkpoint).predict(seen).actions, Policy.load(tmp_path / "policy").predict(seen).actions
+    a, b = (
+        CheckpointPolicy(checkpoint).predict(seen).actions,
+        CheckpointPolicy.load(tmp_path / "policy").predict(seen).actions,
+    )
     assert a.tobytes() == b.tobytes()
-    other = Policy.load(tmp_path / "policy").predict(dataclasses.replace(seen, instruction="drop it")).actions
+    other = CheckpointPolicy.load(tmp_path / "policy").predict(dataclasses.replace(seen, instruction="drop it")).actions
     assert not np.allclose(a, other)
 
 
@@ -304,5 +307,5 @@ def test_the_small_preset_is_pretrained_and_its_checkpoint_needs_no_package(
         build_model(recipe.config(cameras=("a",), state_dim=1, action_dim=1, vocab_size=9))
     pixels = np.random.default_rng(0).integers(0, 256, (224, 224, 3), dtype=np.uint8)
     seen = Observation(START, {"camera": pixels}, np.ones(2, np.float32), "lift it", {})
-    expected = Policy(checkpoint).predict(seen).actions
-    assert Policy.load(tmp_path / "policy").predict(seen).actions.tobytes() == expected.tobytes()
+    expected = CheckpointPolicy(checkpoint).predict(seen).actions
+    assert CheckpointPolicy.load(tmp_path / "policy").predict(seen).actions.tobytes() == expected.tobytes()

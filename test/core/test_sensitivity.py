@@ -20,7 +20,7 @@ from vla_core.observation import messages
 from vla_core.observation.builder import Observation, ObservationSpec
 from vla_core.observation.messages import Message
 from vla_core.observation.spec import ImageSize
-from vla_core.runtime.policy import Policy
+from vla_core.runtime.policy import CheckpointPolicy
 
 from .helpers import IMAGE, START, STEP, arm, command, mark, task, with_stream, write_bag
 from .whole_models import one_thread as one_thread
@@ -96,7 +96,7 @@ def shares(found: object) -> dict[str, float]:
 
 
 def test_it_learned_both_tasks(place: Path) -> None:
-    policy = Policy.load(place / "policy")
+    policy = CheckpointPolicy.load(place / "policy")
     rng, errors = np.random.default_rng(999), []
     for k in range(40):
         pixels, places = picture(rng)

@@ -34,7 +34,7 @@ from vla_core.observation.messages import Message
 from vla_core.observation.normalizer import Normalization, Normalizer, StatisticsError, compute_statistics
 from vla_core.runtime.core import PolicyCore
 from vla_core.runtime.execution import Execution
-from vla_core.runtime.policy import Policy
+from vla_core.runtime.policy import CheckpointPolicy
 from vla_core.training.trainer import train
 
 from .helpers import CONTRACT, MS, SPEC, START, arm, camera, dataset, mark, recipe, task, write_bag
@@ -295,7 +295,7 @@ def test_what_is_doubtful_is_named_by_row() -> None:
 
 
 def test_a_policy_answers_in_the_units_of_each_row(trained: Path, converted: Path) -> None:
-    policy = Policy.load(trained)
+    policy = CheckpointPolicy.load(trained)
     checkpoint, data = policy.checkpoint, load(converted)
     assert np.array(checkpoint.normalizer.statistics["action"]["max"]).shape == (ROWS, 4)
     seen = []
@@ -335,7 +335,7 @@ def test_a_checkpoint_with_too_few_rows_is_refused(trained: Path, tmp_path: Path
 
 
 def test_a_replay_compares_with_each_ticks_own_plan(trained: Path, bags: list[Path]) -> None:
-    found = replay(bags[1], PolicyCore(Policy.load(trained)))
+    found = replay(bags[1], PolicyCore(CheckpointPolicy.load(trained)))
     assert found.known.all() and found.recorded.shape == (13, 6, 4)
     np.testing.assert_allclose(found.recorded, [plan(100 + k)[:6] for k in range(13)], atol=1e-9)
     assert len(found.figures()["mae_per_step"]) == 6

@@ -37,7 +37,7 @@ from vla_core.observation.normalizer import Normalization, Normalizer
 from vla_core.runtime.chunk import ActionChunk
 from vla_core.runtime.core import PolicyCore
 from vla_core.runtime.execution import Execution
-from vla_core.runtime.policy import Policy
+from vla_core.runtime.policy import CheckpointPolicy
 from vla_core.sim.base import View
 from vla_core.sim.collect import EXECUTED, START_NS, Collected, Collection, Driver, collect
 from vla_core.sim.faults import Faults
@@ -79,7 +79,7 @@ def untrained(spec: ObservationSpec = SPEC, contract: RobotContract = CONTRACT, 
     )  # fmt: skip
 
 
-class Arc(Policy):
+class Arc(CheckpointPolicy):
     """Drives along the arc of the toy's ``seed``, which it was told, and notes what it sees."""
 
     def __init__(self, seed: int = 3, checkpoint: Checkpoint | None = None) -> None:
@@ -94,7 +94,9 @@ class Arc(Policy):
         return ActionChunk(observation.stamp_ns, self.contract.chunk_step_ns, self.rows)
 
 
-def drive(policy: Policy, seed: int = 3, view: View | None = None, **options: Any) -> tuple[EpisodeResult, Any]:
+def drive(
+    policy: CheckpointPolicy, seed: int = 3, view: View | None = None, **options: Any
+) -> tuple[EpisodeResult, Any]:
     world = make_world("toy_vehicle", seen_by(policy), view)
     return run_episode(world, PolicyCore(policy), None, seed, STEPS, **options), world
 
@@ -262,11 +264,11 @@ def test_a_policy_drives_the_expert_labels_and_the_bag_has_what_it_saw(
     made.save(tmp_path / "policy")
     policies: list[Arc] = []
 
-    def loaded(path: str) -> Arc:
+    def loaded(path: str, *_: Any, **__: Any) -> Arc:
         policies.append(Arc(9, made))  # another arc than the expert's
         return policies[-1]
 
-    monkeypatch.setattr(Policy, "load", loaded)
+    monkeypatch.setattr(CheckpointPolicy, "load", loaded)
     options = Collection(tasks=("toy_vehicle",), episodes=1, seed=5,
                          driver=Driver(checkpoint=str(tmp_path / "policy"), beta=0.5, segment_steps=4))  # fmt: skip
     (episode,) = collect(tmp_path / "bags", options, CONTRACT)
@@ -315,7 +317,7 @@ def test_what_a_world_tells_is_in_the_results(
     monkeypatch.chdir(tmp_path)
     made = untrained()
     made.save(tmp_path / "policy")
-    monkeypatch.setattr(Policy, "load", lambda path, seed=0, dataset=None: Arc(10_001, made))
+    monkeypatch.setattr(CheckpointPolicy, "load", lambda path, *_, **__: Arc(10_001, made))
     arguments = ["evaluate", "policy", "--task", "toy_vehicle", "--episodes", "3", "--out", "out.json"]
     assert main([*arguments, "--fault", "camera=dropped", "odom=dropped@1-2"]) == 0
     told = capsys.readouterr().out

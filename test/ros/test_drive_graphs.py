@@ -109,11 +109,11 @@ def test_one_process_drives_as_the_graph_does(domain: int, tmp_path: Path) -> No
     (over_ros,) = json.loads((tmp_path / "results.json").read_text())["episodes"]
     from vla_core.evaluation.closed_loop import run_episode
     from vla_core.runtime.core import PolicyCore
-    from vla_core.runtime.policy import Policy
+    from vla_core.runtime.policy import CheckpointPolicy
 
     world = make_world("driving:turn_left", CONTRACT, View(size=32))
     # Sampling noise follows the stamps: a run over ROS starts at one second.
-    result = run_episode(world, PolicyCore(Policy.load(checkpoint)), None, 10_003, 12, start_ns=10**9,
+    result = run_episode(world, PolicyCore(CheckpointPolicy.load(checkpoint)), None, 10_003, 12, start_ns=10**9,
                          faults=Faults.parse(faults.split(), CONTRACT))  # fmt: skip
     world.close()
     assert result.details == over_ros["details"] and result.details["km"] > 0

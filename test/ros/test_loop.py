@@ -16,7 +16,7 @@ from vla_core.data.bag import find_bags
 from vla_core.evaluation.closed_loop import evaluate
 from vla_core.evaluation.parity import ParityError, compare
 from vla_core.runtime.core import PolicyCore
-from vla_core.runtime.policy import Policy
+from vla_core.runtime.policy import CheckpointPolicy
 from vla_core.sim.metaworld import MetaWorld, instruction_for
 from vla_ros import cli
 from vla_ros.graph import load_graph
@@ -38,7 +38,7 @@ def run(name: str, **arguments: Any) -> None:
 def test_live_inputs_equal_those_of_the_recorded_bag_bit_by_bit(domain: int, checkpoint: Path, tmp_path: Path) -> None:
     run("record_policy", checkpoint=str(checkpoint), output=str(tmp_path / "bags"), log_dir=str(tmp_path),
         episodes=2, max_steps=40)  # fmt: skip
-    policy = Policy.load(checkpoint)
+    policy = CheckpointPolicy.load(checkpoint)
     found = [compare(tmp_path / "inputs.safetensors", bag, policy) for bag in find_bags([tmp_path / "bags"])]
     assert [parity.compared for parity in found] == [10, 10], "one inference for every four of 40 steps"
     assert [parity.inputs_max_abs_diff for parity in found] == [0.0, 0.0]
@@ -56,11 +56,11 @@ def test_parity_notices_another_picture(domain: int, checkpoint: Path, tmp_path:
     pixels[0, 0, 3, 3] += 1 / 255
     save_file({**arrays, "image.image": pixels}, log)
     (bag,) = find_bags([tmp_path / "bags"])
-    assert compare(log, bag, Policy.load(checkpoint)).inputs_max_abs_diff == pytest.approx(1 / 255, rel=1e-4)
+    assert compare(log, bag, CheckpointPolicy.load(checkpoint)).inputs_max_abs_diff == pytest.approx(1 / 255, rel=1e-4)
     arrays["stamp_ns"] = arrays["stamp_ns"] + 10**15
     save_file(arrays, log)
     with pytest.raises(ParityError, match="none of the 2 logged stamps"):
-        compare(log, bag, Policy.load(checkpoint))
+        compare(log, bag, CheckpointPolicy.load(checkpoint))
 
 
 def test_lockstep_over_ros_equals_the_evaluation_in_one_process(domain: int, checkpoint: Path, tmp_path: Path) -> None:
@@ -69,7 +69,7 @@ def test_lockstep_over_ros_equals_the_evaluation_in_one_process(domain: int, che
     from safetensors.numpy import load_file
 
     over_ros = load_file(tmp_path / "inputs.safetensors")
-    core = PolicyCore(Policy.load(checkpoint))
+    core = PolicyCore(CheckpointPolicy.load(checkpoint))
     states: list[np.ndarray] = []
     predict = core.policy.predict
 

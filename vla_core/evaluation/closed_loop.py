@@ -226,7 +226,7 @@ def closed_loop_success(
         max_steps: None takes the task's own.
     """
     task = task_of(world_name)
-    camera = policy.checkpoint.config.provenance.get("camera") if find(world_name)[0].chooses_camera else None
+    camera = policy.provenance.get("camera") if find(world_name)[0].chooses_camera else None
     world = make_world(world_name, seen_by(policy), View(camera=camera))
     try:
         words = None if isinstance(world, Journey) else task.instruction

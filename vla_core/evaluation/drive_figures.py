@@ -23,6 +23,7 @@ from vla_core.evaluation.planning import Plans, into_frame
 from vla_core.evaluation.plots import BLUE, GREEN, GREY, ORANGE, png
 from vla_core.observation.builder import Observation, Unobserved
 from vla_core.runtime.core import PolicyCore
+from vla_core.runtime.policy import CheckpointPolicy
 
 # Left to right as one would turn the head; what is called otherwise comes behind.
 AROUND = ("front_left", "front", "front_right", "back_left", "back", "back_right")
@@ -72,7 +73,7 @@ def glimpses(drive: Drive, core: PolicyCore, count: int) -> list[Glimpse]:
 def _glimpse(
     drive: Drive, core: PolicyCore, seen: Observation, actions: np.ndarray, above: np.ndarray | None
 ) -> Glimpse:
-    contract, model = core.contract, core.policy.checkpoint.config.model
+    contract, model = core.contract, core.policy.model
     columns = [contract.action_names.index(name) for name in ("x", "y", "yaw")]
     times = seen.stamp_ns + np.arange(len(actions)) * contract.chunk_step_ns
     now = drive.pose(times[:1])
@@ -103,7 +104,8 @@ def _points(seen: Observation, core: PolicyCore, mounts: Mapping[str, Sequence[f
 def _map_of(core: PolicyCore) -> Iterator[list[np.ndarray]]:
     """Is filled with the mean absolute activation (X, Y) of the model's map at each prediction, the newest last."""
     seen: list[np.ndarray] = []
-    bev = getattr(core.policy.checkpoint.model, "bev", None)
+    policy = core.policy
+    bev = getattr(policy.checkpoint.model, "bev", None) if isinstance(policy, CheckpointPolicy) else None
     if bev is None:
         yield seen
         return

@@ -18,7 +18,10 @@ class Ensemble(Policy):
     """
 
     def __init__(self, members: Sequence[Policy]) -> None:
-        super().__init__(members[0].checkpoint, members[0].seed)
+        first = members[0]
+        self.contract, self.spec, self.execution = first.contract, first.spec, first.execution
+        self.horizon, self.head, self.model = first.horizon, first.head, first.model
+        self.provenance = first.provenance
         self.members = tuple(members)
 
     def predict(self, observation: Observation, continues: Continuation | None = None) -> ActionChunk:

@@ -62,7 +62,7 @@ def replay(path: Path, core: PolicyCore) -> Replay:
     needed = {stream.topic: stream.type for stream in builder.streams.values()}
     needed |= {action.topic: action.type for action in contract.actions.values()}
     bags.require_topics(summary, needed)
-    horizon = core.policy.checkpoint.config.model.horizon
+    horizon = core.policy.horizon
     steps = 1 if contract.plans else horizon
     commands = Commands((), contract, ahead_ns=steps * contract.step_ns)
     stamps, predicted, recorded, known = [], [], [], []

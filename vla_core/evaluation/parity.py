@@ -13,7 +13,6 @@ from vla_core.data import bag as bags
 from vla_core.data.episodes import EPISODE_TOPIC, episode_starts
 from vla_core.errors import VlaError
 from vla_core.model.inputs import Masked, ModelInputs
-from vla_core.observation.batch import collate
 from vla_core.observation.builder import Observation, ObservationBuilder, ObservationSpec, Unobserved
 from vla_core.runtime.chunk import ActionChunk, Continuation
 from vla_core.runtime.core import PolicyCore
@@ -107,13 +106,17 @@ def _max_abs_diff(a: np.ndarray, b: np.ndarray) -> float:
 
 def _arrays(policy: Policy, entries: list[tuple[Observation, ActionChunk]]) -> dict[str, np.ndarray]:
     """Over N inferences: ``stamp_ns`` (N,), ``chunk`` (N, H, A), and every tensor that the model saw."""
-    checkpoint = policy.checkpoint
     seen = [observation for observation, _ in entries]
-    inputs = collate(seen, checkpoint.normalizer, checkpoint.tokenizer, policy.spec)
-    return {
+    answered = {
         **_continued([chunk for _, chunk in entries]),
-        "stamp_ns": np.array([observation.stamp_ns for observation, _ in entries], dtype=np.int64),
+        "stamp_ns": np.array([observation.stamp_ns for observation in seen], dtype=np.int64),
         "chunk": np.stack([chunk.actions for _, chunk in entries]),
+    }
+    inputs = policy.inputs(seen)
+    if inputs is None:
+        return {**answered, "state": np.stack([observation.state for observation in seen])}
+    return {
+        **answered,
         "state": inputs.state.numpy(),
         "tokens": inputs.tokens.numpy(),
         "state_mask": inputs.state_mask.numpy(),

@@ -30,6 +30,7 @@ from vla_core.evaluation.ensemble import Ensemble
 from vla_core.evaluation.plan import EvaluationError, Job, Plan
 from vla_core.evaluation.video import VideoWriter
 from vla_core.runtime.core import PolicyCore
+from vla_core.runtime.loading import load_policy
 from vla_core.runtime.policy import Policy
 from vla_core.sim.base import View, World
 from vla_core.sim.faults import Faults
@@ -133,7 +134,7 @@ class Runner:
     def _policy(self, entry: int) -> Policy:
         if entry not in self._policies:
             plan = self._plan
-            members = [Policy.load(member.folder(), plan.policy_seed, plan.dataset)
+            members = [load_policy(member.folder(), plan.policy_seed, plan.dataset)
                        for member in plan.entries[entry].members]  # fmt: skip
             self._policies[entry] = members[0] if len(members) == 1 else Ensemble(members)
         return self._policies[entry]

@@ -49,11 +49,11 @@ class PolicyCore:
         self.last_observation: Observation | None = None
         self._low = policy.contract.action_low
         self._high = policy.contract.action_high
-        (execution or policy.checkpoint.config.execution).check_contract(policy.contract)
+        (execution or policy.execution).check_contract(policy.contract)
         if execution is not None:
-            execution.check(policy.checkpoint.config.model.horizon, policy.checkpoint.config.model.head)
+            execution.check(policy.horizon, policy.head)
         self.metrics = ExecutionMetrics(self._low, self._high)
-        self.executor = ChunkExecutor(execution or policy.checkpoint.config.execution, self.metrics)
+        self.executor = ChunkExecutor(execution or policy.execution, self.metrics)
         self._plans = 0  # counts up when plans are dropped: a chunk that was begun before is not executed
         self._lock = threading.Lock()
 

@@ -320,9 +320,9 @@ class _Drive:
 def _load_core(driver: Driver, contract: RobotContract) -> Any:
     """The policy as the robot would run it; its contract must be the robot's."""
     from vla_core.runtime.core import PolicyCore
-    from vla_core.runtime.policy import Policy
+    from vla_core.runtime.loading import load_policy
 
-    policy = Policy.load(driver.checkpoint)
+    policy = load_policy(driver.checkpoint)
     policy.contract.check_same(contract, str(driver.checkpoint), "the robot")
     return PolicyCore(policy)
 

@@ -19,7 +19,8 @@ class Noise:
     ``scale`` is the largest disturbance of an entry as a share of half its range, ``share`` the share of ticks that are
     disturbed, ``steps`` the shortest and the longest burst. Within a burst the disturbance is constant, drawn
     uniformly: an average over independent ticks would cancel itself. ``entries`` names those that are disturbed, empty
-    all of them: a car that waits must not be pushed past a red light. ``episodes`` is the share of episodes that have
+    all of them; of these ``lowered`` are only ever made smaller: a car that waits must not be pushed past a red light,
+    but one that was held up shows how the expert speeds up again. ``episodes`` is the share of episodes that have
     bursts.
     """
 
@@ -27,6 +28,7 @@ class Noise:
     share: float = 0.3
     steps: tuple[int, int] = (4, 12)
     entries: tuple[str, ...] = ()
+    lowered: tuple[str, ...] = ()
     episodes: float = 1.0
 
     def __post_init__(self) -> None:
@@ -47,11 +49,9 @@ class Disturbance:
     """
 
     def __init__(self, noise: Noise | None, action: Action, rng: np.random.Generator) -> None:
-        unknown = [name for name in noise.entries if name not in action.names] if noise else []
-        if unknown:
-            raise ConfigError(
-                f"noise.entries: no {', '.join(unknown)} in {action.topic}; choices: {choices(action.names)}"
-            )
+        if noise is not None:
+            _check_names("entries", noise.entries, action.names, action.topic)
+            _check_names("lowered", noise.lowered, noise.entries or action.names, "noise.entries")
         self._rng = rng
         self._low, self._high = np.asarray(action.low), np.asarray(action.high)
         self._left = 0
@@ -60,6 +60,7 @@ class Disturbance:
         self._noise = noise if drawn else None
         chosen = noise.entries if noise and noise.entries else action.names
         self._chosen = np.array([name in chosen for name in action.names])
+        self._lowered = np.array([bool(noise and name in noise.lowered) for name in action.names])
 
     def on(self, values: np.ndarray) -> np.ndarray:
         """What is executed instead of ``values`` (A,), within the action's bounds."""
@@ -69,11 +70,18 @@ class Disturbance:
         if self._left == 0 and self._rng.random() < _burst_rate(noise):
             self._left = int(self._rng.integers(noise.steps[0], noise.steps[1] + 1))
             half = (self._high - self._low) / 2
-            self._value = noise.scale * half * self._rng.uniform(-1, 1, len(half)) * self._chosen
+            drawn = self._rng.uniform(-1, 1, len(half))
+            self._value = noise.scale * half * np.where(self._lowered, -abs(drawn), drawn) * self._chosen
         if self._left == 0:
             return values
         self._left -= 1
         return np.clip(values + self._value, self._low, self._high)
+
+
+def _check_names(field: str, names: tuple[str, ...], possible: tuple[str, ...], where: str) -> None:
+    unknown = [name for name in names if name not in possible]
+    if unknown:
+        raise ConfigError(f"noise.{field}: no {', '.join(unknown)} in {where}; choices: {choices(possible)}")
 
 
 def _burst_rate(noise: Noise) -> float:

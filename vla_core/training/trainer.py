@@ -26,7 +26,7 @@ from vla_core.data.loader import Loader
 from vla_core.errors import VlaError
 from vla_core.model.action_head import base
 from vla_core.model.vla import build_model
-from vla_core.runtime.policy import Policy
+from vla_core.runtime.policy import CheckpointPolicy
 from vla_core.training.augment import augment
 from vla_core.training.callbacks import Log, TensorBoardLog, WandbLog
 from vla_core.training.distributed import Processes, as_placed, whole
@@ -320,7 +320,9 @@ class _Run:
                     figures |= open_loop_error(self.placed, held_out, processes, self.sources.contract,
                                                self.sources.normalizers, options)  # fmt: skip
             if options.evaluate is not None and self._evaluates(step):
-                figures |= closed_loop(Policy(self._checkpoint(self._whole_model())), options.evaluate, processes)
+                figures |= closed_loop(
+                    CheckpointPolicy(self._checkpoint(self._whole_model())), options.evaluate, processes
+                )
             self._keep_best(figures)
         self.placed.train()
         self.measured |= figures

@@ -19,7 +19,7 @@ from vla_core.evaluation.driven import Drive, boxes_of, compared, plans, read_dr
 from vla_core.evaluation.open_loop import replay
 from vla_core.evaluation.planning import figures
 from vla_core.runtime.core import PolicyCore
-from vla_core.runtime.policy import Policy
+from vla_core.runtime.policy import CheckpointPolicy
 from vla_core.sim.collect import Collection, collect
 from vla_core.sim.driving.routes import scenario
 from vla_core.training.recipe import load_recipe
@@ -48,7 +48,7 @@ def core(bag: Path, tmp_path_factory: pytest.TempPathFactory) -> PolicyCore:
     recipe = load_recipe("drive", ["training.steps=1", "training.batch_size=2", "data.cache=none"])
     convert([bag], folder / "data", recipe.observation, keep_failed=True, workers=1)
     checkpoint: Checkpoint = train(recipe, load(folder / "data", spec=recipe.observation)).checkpoint
-    return PolicyCore(Policy(checkpoint))
+    return PolicyCore(CheckpointPolicy(checkpoint))
 
 
 @pytest.fixture(scope="module")
