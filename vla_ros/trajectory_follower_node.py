@@ -33,7 +33,7 @@ from vla_core.errors import VlaError
 from vla_core.observation.messages import header_stamp_ns
 from vla_core.runtime.follower import ODOMETRY, TrajectoryFollower
 from vla_ros import diagnostics, process
-from vla_ros.bridge import COMMAND_QOS, message_class, misfit, subscribe_episodes, subscribe_stream
+from vla_ros.bridge import COMMAND_QOS, every_message, message_class, misfit, subscribe_episodes, subscribe_stream
 from vla_ros.lifecycle import GuardedNode, run
 from vla_ros.lockstep import Ticks
 from vla_ros.msg import Episode
@@ -101,7 +101,9 @@ class TrajectoryFollowerNode(GuardedNode):
         self._held += [(self.destroy_timer, self.create_timer(*timer, clock=steady)) for timer in timers]
         # Odometry goes first: the executor hands out in this order what waits at the same time.
         subscriptions = (
-            subscribe_stream(self, self._stream, self._on_odometry),
+            subscribe_stream(
+                self, every_message(self._stream) if self._synchronous else self._stream, self._on_odometry
+            ),
             self.create_subscription(
                 message_class(trajectory.type), trajectory.topic, self._on_trajectory, COMMAND_QOS, raw=True
             ),

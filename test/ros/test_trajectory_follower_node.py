@@ -21,7 +21,7 @@ from vla_ros.msg import Episode, Tick, Trajectory
 
 from vla_core.commands import encode
 from vla_core.contract import NANOSECONDS, RobotContract
-from vla_ros.bridge import COMMAND_QOS, EPISODE_QOS, stream_qos
+from vla_ros.bridge import COMMAND_QOS, EPISODE_QOS, every_message, stream_qos
 from vla_ros.lockstep import TICK_QOS
 from vla_ros.trajectory_follower_node import TrajectoryFollowerNode
 
@@ -49,7 +49,8 @@ class Vehicle:
     def __init__(self, ros: Ros) -> None:
         self.ros = ros
         self.node = ros.node("vehicle")
-        self.odometry = self.node.create_publisher(Odometry, "odom", stream_qos(CONTRACT.observations["odom"]))
+        heard = every_message(CONTRACT.observations["odom"])  # as a simulator sends it
+        self.odometry = self.node.create_publisher(Odometry, "odom", stream_qos(heard))
         self.plans = self.node.create_publisher(Trajectory, ACTION.topic, COMMAND_QOS)
         self.episodes = self.node.create_publisher(Episode, "episode", EPISODE_QOS)
         self.ticks: Any = None
