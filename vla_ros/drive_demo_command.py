@@ -17,8 +17,9 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser.add_argument("--drives", type=positive, default=64, help="expert's drives to record for training")
     parser.add_argument("--held-out", type=positive, default=8, help="further ones, for held-out loss and open loop")
     parser.add_argument(
-        "--disturbance", default="scale=0.3 share=0.2 steps=[2,4] entries=[steering_angle] episodes=0.6",
-        help="bursts on the steering while the drives are recorded, so that there is something to come back from",
+        "--disturbance",
+        default="scale=0.35 share=0.22 steps=[2,5] entries=[steering_angle,speed] lowered=[speed] episodes=0.7",
+        help="bursts on what is driven while drives are recorded, so that there is something to come back from",
     )  # fmt: skip
     parser.add_argument("--recipe", default="drive", help="a name in config/train, or a YAML file")
     parser.add_argument("--steps", type=positive, help="training steps; default: the recipe's")
