@@ -20,11 +20,13 @@ class Faults:
 
     def __init__(self) -> None:
         self.last = ""
+        self.count = 0
         self._first: list[str] = []
 
     def note(self, text: str) -> None:
         """Keep a fault."""
         self.last = text
+        self.count += 1
         if len(self._first) < MAX_FAULTS and text not in self._first:
             self._first.append(text)
 

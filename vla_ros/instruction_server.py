@@ -96,7 +96,7 @@ class InstructionServer:
         elif run.limit_ns and run.elapsed_ns() >= run.limit_ns:
             self._end(Result.TIME_LIMIT, "the time is over")
         elif run.silent_ns() > value(run.node, "goal_fault_s") * NANOSECONDS:
-            self._end(Result.FAULT, run.node.fault or "nothing could be commanded")
+            self._end(Result.FAULT, run.fault() or "nothing could be commanded")
         else:
             run.feed_back()
 
@@ -114,6 +114,7 @@ class _Run:
         self.node, self.handle, self.limit_ns, self.done = node, handle, limit_ns, done
         self._start_ns, self._first = start_ns, commands
         self._seen, self._steady_ns = commands, node.steady.now().nanoseconds
+        self._faults = node.faults.count  # those of earlier goals say nothing about this one
 
     def elapsed_ns(self) -> int:
         """ROS time since the start."""
@@ -126,10 +127,14 @@ class _Run:
             self._seen, self._steady_ns = commands, now_ns
         return int(now_ns - self._steady_ns)
 
+    def fault(self) -> str:
+        """The node's last fault since the goal began; empty without one."""
+        return self.node.fault if self.node.faults.count != self._faults else ""
+
     def feed_back(self) -> None:
         feedback = RunInstruction.Feedback(
             commands=self.node.counts.commands - self._first, observation_age=self.node.observation_age_s(),
-            fault=self.node.fault if self.silent_ns() else "",
+            fault=self.fault() if self.silent_ns() else "",
         )  # fmt: skip
         _fill(feedback.elapsed, self.elapsed_ns())
         self.handle.publish_feedback(feedback)

@@ -148,7 +148,7 @@ def test_it_goes_on_after_the_clock_was_set_back(
     offset_ns = -100 * 10**9
     robot.chunks.clear()
     ros.spin_until(lambda: chunks(5), "chunks on the clock that was set back")
-    ros.spin_until(lambda: chunks(0) and any(robot.commands[-1].velocity[:3]), "motion")
+    ros.spin_until(lambda: chunks(0) and robot.commands and any(robot.commands[-1].velocity[:3]), "motion")
     assert policy.trigger_deactivate() == OK
 
 
