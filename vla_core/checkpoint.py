@@ -81,15 +81,15 @@ class Checkpoint:
         partial.mkdir(parents=True)
         try:
             # What the model has become since, such as one with adapters.
-            _write_json(partial / "config.json", to_dict(dataclasses.replace(self.config, model=self.model.config)))
-            _write_json(partial / "statistics.json", self.normalizer.statistics)
+            write_json(partial / "config.json", to_dict(dataclasses.replace(self.config, model=self.model.config)))
+            write_json(partial / "statistics.json", self.normalizer.statistics)
             if self.dataset_statistics:
-                _write_json(partial / MIXTURE_FILE, self.dataset_statistics)
-            _write_json(partial / "tokenizer.json", self.tokenizer.to_dict())
+                write_json(partial / MIXTURE_FILE, self.dataset_statistics)
+            write_json(partial / "tokenizer.json", self.tokenizer.to_dict())
             (partial / "contract.yaml").write_text(self.contract.to_yaml(), encoding="utf-8")
             weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.model.state_dict().items()}
             save_file(weights, partial / "model.safetensors")
-            _replace(partial, path)
+            replace_folder(partial, path)
         except BaseException as error:
             shutil.rmtree(partial, ignore_errors=True)
             if isinstance(error, SafetensorError):  # a full disk, in the words of safetensors
@@ -109,7 +109,7 @@ class Checkpoint:
         if absent:
             there = ", ".join(sorted(p.name for p in path.iterdir())) if path.is_dir() else "no such folder"
             raise CheckpointError(f"{path}: not a checkpoint: {', '.join(absent)} missing; found: {there or 'nothing'}")
-        data = _read_json(path / "config.json")
+        data = read_json(path / "config.json")
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             found = data.get("format") if isinstance(data, dict) else type(data).__name__
             raise CheckpointError(f"{path}: config.json has format {found!r}, expected {FORMAT!r}")
@@ -120,10 +120,10 @@ class Checkpoint:
         contract = RobotContract.load(path / "contract.yaml")
         mixture = _mixture(path)
         statistics = _chosen(path, dataset, mixture)
-        tokenizer = tokenizer_from_dict(_read_json(path / "tokenizer.json"))
+        tokenizer = tokenizer_from_dict(read_json(path / "tokenizer.json"))
         _check_sizes(path, config, contract, statistics, tokenizer)
-        model = build_model(config.model, **parts)
-        _load_weights(model, path / "model.safetensors")
+        model = build_model(config.model, weights=False, **parts)
+        load_weights(model, path / "model.safetensors")
         return cls(
             config=config,
             model=model.eval(),
@@ -159,14 +159,17 @@ def check_replaceable(path: Path) -> None:
 
 def fingerprint(path: Path | str) -> str:
     """First 12 hexadecimal digits of the SHA-256 of the weights: names a checkpoint in diagnostics and reports."""
-    digest = hashlib.sha256((Path(path) / "model.safetensors").read_bytes())
+    digest = hashlib.sha256()
+    with (Path(path) / "model.safetensors").open("rb") as file:  # which may not fit into memory
+        while block := file.read(2**24):
+            digest.update(block)
     return digest.hexdigest()[:12]
 
 
 def _mixture(path: Path) -> dict[str, Statistics]:
     """Statistics by dataset, of a checkpoint that has several."""
     file = path / MIXTURE_FILE
-    found = _read_json(file) if file.is_file() else {}
+    found = read_json(file) if file.is_file() else {}
     if not isinstance(found, dict) or not all(isinstance(value, dict) for value in found.values()):
         raise CheckpointError(f"{file}: expected groups of statistics by the name of their dataset")
     return found
@@ -175,7 +178,7 @@ def _mixture(path: Path) -> dict[str, Statistics]:
 def _chosen(path: Path, dataset: str | None, mixture: dict[str, Statistics]) -> Statistics:
     """The statistics to run by."""
     if dataset is None:
-        own: Statistics = _read_json(path / "statistics.json")
+        own: Statistics = read_json(path / "statistics.json")
         return own
     if dataset not in mixture:
         raise CheckpointError(f"{path}: no statistics of a dataset {dataset!r}; choices: {choices(mixture)}")
@@ -225,7 +228,8 @@ def _check_sizes(path: Path, config: PolicyConfig, contract: RobotContract, stat
                                       f"model's horizon is {config.model.horizon}")  # fmt: skip
 
 
-def _load_weights(model: torch.nn.Module, path: Path) -> None:
+def load_weights(model: torch.nn.Module, path: Path) -> None:
+    """Load a safetensors file strictly; raises :class:`CheckpointError` naming what does not fit."""
     try:
         found = load_file(path)
     except (SafetensorError, OSError) as error:
@@ -238,10 +242,11 @@ def _load_weights(model: torch.nn.Module, path: Path) -> None:
     if missing or extra or wrong:
         raise CheckpointError(f"{path}: weights do not fit config.json: missing {missing or 'none'}, "
                               f"unexpected {extra or 'none'}, of another shape {wrong or 'none'}")  # fmt: skip
-    model.load_state_dict(found, strict=True)
+    # Assigned, not copied, where there is nothing yet to copy into.
+    model.load_state_dict(found, strict=True, assign=any(weight.is_meta for weight in model.parameters()))
 
 
-def _replace(partial: Path, path: Path) -> None:
+def replace_folder(partial: Path, path: Path) -> None:
     """Put the whole folder in place; the old one is moved aside first, since folders cannot be swapped portably."""
     old = path.with_name(f".{path.name}.old")
     shutil.rmtree(old, ignore_errors=True)
@@ -256,11 +261,13 @@ def _replace(partial: Path, path: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _write_json(path: Path, data: Any) -> None:
+def write_json(path: Path, data: Any) -> None:
+    """Plain data as a file."""
     path.write_text(json.dumps(data, indent=1), encoding="utf-8")
 
 
-def _read_json(path: Path) -> Any:
+def read_json(path: Path) -> Any:
+    """A file as plain data; raises :class:`CheckpointError` for one that is damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:  # not UTF-8, not JSON

@@ -62,6 +62,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="disturb what is executed in bursts, while the expert's command is recorded: scale=0.5 share=0.3 "
         "entries=[steering_angle]",
     )  # fmt: skip
+    collect.add_argument("--rewards", action="store_true", help="record the simulator's reward of each step")
     collect.add_argument("--policy", help="a checkpoint that drives, while the expert's command is recorded (DAgger)")
     collect.add_argument(
         "--beta", type=float, help="share of segments that the expert drives all the same, default 0.5"
@@ -73,9 +74,9 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
     data.add_commands(commands)
 
-    from vla_core.data.drives import command as drives
+    from vla_core.pretrained import command as pretrained
 
-    drives.add_commands(commands)
+    pretrained.add_commands(commands)
 
     train = commands.add_parser("train", help="a training set to a checkpoint")
     train.add_argument("recipe", help="a name in config/train, or a YAML file")
@@ -89,6 +90,10 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="what is held out, one for each dataset; default: episodes by data.validation.fraction",
     )  # fmt: skip
     train.add_argument("--contract", help="of datasets that have none: a name in config/robots, or a file")
+    train.add_argument(
+        "--from", dest="start", metavar="CHECKPOINT",
+        help="begin with its weights, tokenizer and statistics; the recipe must be its own but for training and data",
+    )  # fmt: skip
     train.add_argument("--out", type=Path, required=True, help="checkpoint folder; the run's own is OUT.training")
     train.add_argument("--logs", type=Path, help="TensorBoard folder; default: OUT.training/tensorboard")
     again = train.add_mutually_exclusive_group()
@@ -96,13 +101,37 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     again.add_argument("--restart", action="store_true", help="remove the states of an earlier run")
     train.set_defaults(run=_train)
 
+    from vla_core.reinforcement import command as reinforcement
+
+    reinforcement.add_command(commands)
+
+    from vla_core.experiments import command as experiments
+
+    experiments.add_command(commands)
+
+    from vla_core.training import world_command
+
+    world_command.add_commands(commands)
+
     from vla_core.evaluation import command as evaluation  # it needs this module's types of arguments
 
     evaluation.add_commands(commands)
 
+    from vla_core.export import command as exporting
+
+    exporting.add_commands(commands)
+
+    from vla_core.evaluation import bench_command
+
+    bench_command.add_commands(commands)
+
     from vla_core.evaluation import ablate_command
 
     ablate_command.add_command(commands)
+
+    from vla_core.serving import command as serving
+
+    serving.add_commands(commands)
 
     latency = commands.add_parser("latency", help="chunk execution under latency, without simulator and checkpoint")
     latency.add_argument("--strategy", nargs="+", metavar="NAME", help="default: all of them")
@@ -128,6 +157,10 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--sensitivity", type=Path, metavar="DATA",
         help="of a checkpoint: how much its actions change when the instruction is swapped, a camera is black or a "
         "sensor is masked, over a dataset or bags",
+    )  # fmt: skip
+    inspect.add_argument(
+        "--self-check", action="store_true", help="of a checkpoint: do other pictures and another instruction change "
+        "its actions?"
     )  # fmt: skip
     inspect.add_argument("--samples", type=positive, default=256, help="ticks of DATA that are looked at")
     inspect.add_argument("--out", type=Path, help="JSON file for the sensitivity")
@@ -209,13 +242,17 @@ def _collect(parsed: argparse.Namespace) -> int:
         camera=parsed.camera, camera_size=parsed.camera_size, images=not parsed.no_images,
         instruction=parsed.instruction, instructions=parsed.instructions, max_steps=parsed.max_steps, driver=driver,
         noise=None if parsed.noise is None else from_dict(Noise, override({}, parsed.noise), "noise"),
+        rewards=parsed.rewards,
     )  # fmt: skip
     if parsed.contract or driver is None:
         contract = RobotContract.load(parsed.contract or find(collection.tasks[0])[0].contract)
     else:
-        from vla_core.checkpoint import Checkpoint
+        from contextlib import closing
 
-        contract = Checkpoint.load(parsed.policy).contract
+        from vla_core.runtime.loading import load_policy
+
+        with closing(load_policy(parsed.policy)) as policy:
+            contract = policy.contract
     total = len(collection.tasks) * collection.episodes
     with bar("collect", total) as advance:
         done = collect(
@@ -304,6 +341,8 @@ def _inspect(parsed: argparse.Namespace) -> int:
 
     if parsed.out is not None:
         raise VlaError("--out: belongs to --sensitivity, which tells on what data; --html names the page")
+    if parsed.self_check:
+        return _self_check(parsed)
     contract = RobotContract.load(parsed.contract) if parsed.contract else None
     reports = inspect(parsed.path, contract, pictures=parsed.html is not None)
     print(summary(reports))
@@ -311,6 +350,15 @@ def _inspect(parsed: argparse.Namespace) -> int:
         parsed.html.parent.mkdir(parents=True, exist_ok=True)
         parsed.html.write_text(page(reports), encoding="utf-8")
         print(f"\n{parsed.html}")
+    return 0
+
+
+def _self_check(parsed: argparse.Namespace) -> int:
+    from vla_core.pretrained.self_check import self_check
+    from vla_core.runtime.loading import load_policy
+
+    for path in parsed.path:
+        print("\n".join([f"{path}:", *(f"  {line}" for line in self_check(load_policy(path)).lines())]))
     return 0
 
 

@@ -44,6 +44,16 @@ def local_folder(name: Path | str, kind: Kind = "model", revision: str | None = 
         return _download(repo_id, kind, revision or asked)
 
 
+def foreign_folder(name: Path | str, patterns: tuple[str, ...], revision: str | None = None) -> Path:
+    """:func:`local_folder` of a model in another project's layout, whose files are those that ``patterns`` name."""
+    path = Path(name).expanduser()
+    if path.exists() or not _NAME.fullmatch(str(name)):
+        return path
+    repo_id, _, asked = str(name).partition("@")
+    with _named_errors(repo_id, f"{name}: no such folder here, and"):
+        return _download(repo_id, "model", revision or asked, patterns)
+
+
 def any_folder(name: Path | str) -> Path:
     """:func:`local_folder` of a checkpoint or, where the hub has none of that name, of a dataset."""
     try:
@@ -142,12 +152,11 @@ def _check_whole(folder: Path, kind: Kind) -> None:
         raise HubError(f"{folder}: not a whole checkpoint: {', '.join(absent)} missing")
 
 
-def _download(repo_id: str, kind: Kind, revision: str) -> Path:
+def _download(repo_id: str, kind: Kind, revision: str, patterns: tuple[str, ...] = ()) -> Path:
     from huggingface_hub import snapshot_download
 
-    patterns = list(PATTERNS[kind])
-    return Path(snapshot_download(repo_id, repo_type=kind, revision=revision or None, allow_patterns=patterns,
-                                  library_name="vla_ros"))  # fmt: skip
+    return Path(snapshot_download(repo_id, repo_type=kind, revision=revision or None, library_name="vla_ros",
+                                  allow_patterns=list(patterns or PATTERNS[kind])))  # fmt: skip
 
 
 def _files(folder: Path, kind: Kind) -> Iterator[Path]:

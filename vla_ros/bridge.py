@@ -31,12 +31,14 @@ from vla_core.observation.setup_check import TRANSFORMS
 from vla_ros.msg import Episode
 
 CHUNK_TOPIC = "action_chunk"
+FAULT_TOPIC = "candidate/fault"  # std_msgs/String: why the policy cannot act, empty while it can
 TICK_TOPIC = "tick"  # of a simulator in lockstep: vla_ros/msg/Tick
 TF_TOPIC, TF_STATIC_TOPIC = "/tf", "/tf_static"
 QOS_OVERRIDES = QoSOverridingOptions(
     (QoSPolicyKind.HISTORY, QoSPolicyKind.DEPTH, QoSPolicyKind.RELIABILITY, QoSPolicyKind.DURABILITY)
 )
 COMMAND_QOS = QoSProfile(depth=100, reliability=ReliabilityPolicy.RELIABLE)
+LATCHED_QOS = QoSProfile(depth=1, reliability=ReliabilityPolicy.RELIABLE, durability=DurabilityPolicy.TRANSIENT_LOCAL)
 EPISODE_QOS = QoSProfile(depth=10, reliability=ReliabilityPolicy.RELIABLE, durability=DurabilityPolicy.TRANSIENT_LOCAL)
 
 

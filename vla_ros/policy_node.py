@@ -1,8 +1,9 @@
 """The policy as a lifecycle node: observations in, commands and whole chunks out.
 
-configure loads the checkpoint, checks it against the robot's contract, warms the model up and subscribes; activate
-starts to act; deactivate sends the contract's safe action and stops. Subscriptions only store bytes. ``~/start``,
-``~/stop`` and ``~/reset`` do so by service, and the action ``~/run_instruction`` runs one instruction for a time.
+configure loads the checkpoint, or connects to the server of ``policy``, checks it against the robot's contract, warms
+the model up and subscribes; activate starts to act; deactivate sends the contract's safe action and stops.
+Subscriptions only store bytes. ``~/start``, ``~/stop`` and ``~/reset`` do so by service, and the action
+``~/run_instruction`` runs one instruction for a time.
 
 ``inference: asynchronous`` is for robots: the model runs in a worker, and commands leave on the control clock from the
 chunk executor. ``synchronous`` answers every observation with one command of the same stamp, for lockstep simulation;
@@ -13,7 +14,7 @@ calibration, column or mount is named on /diagnostics, and the policy does not a
 waits for them, and fails with everything that is wrong or missing.
 
 A plan ends at once, in the safe action, when a stream that it needs is lost or stale, when the instruction changes and
-when the clock jumps; the next observation begins a new one.
+when the clock jumps; the next observation begins a new one. When a server is lost, the plan goes on to its end.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from rclpy.clock_type import ClockType
 from rclpy.lifecycle import TransitionCallbackReturn
 from rclpy.subscription import MessageInfo
 from rclpy.time import Time
+from sensor_msgs.msg import Image
 from std_msgs.msg import String
 from std_srvs.srv import Trigger
 
@@ -46,14 +48,17 @@ from vla_core.evaluation.parity import InputLog
 from vla_core.observation import messages
 from vla_core.observation.builder import Unobserved
 from vla_core.observation.decode import decode
+from vla_core.pretrained.self_check import self_check
 from vla_core.runtime.chunk_executor import ActionChunk
 from vla_core.runtime.core import LATENCIES, Command, PolicyCore
 from vla_core.runtime.loading import load_policy
-from vla_core.runtime.policy import PolicyError
+from vla_core.runtime.policy import Policy, PolicyError
 from vla_ros import diagnostics, process
 from vla_ros.bridge import (
     CHUNK_TOPIC,
     COMMAND_QOS,
+    FAULT_TOPIC,
+    LATCHED_QOS,
     TF_STATIC_TOPIC,
     command_publishers,
     every_message,
@@ -75,6 +80,7 @@ from vla_ros.sensor_setup import SensorSetup, wait_for_sensors
 
 SYNCHRONOUS_POLL_S = 0.02
 WORKER_NICE = 10
+PLANNER = "planner"  # the value of the parameter ``policy`` that is no place
 JUMP_NS = NANOSECONDS // 2  # a clock that differs by more from the steady one, between two ticks, has jumped
 
 
@@ -86,6 +92,8 @@ class PolicyNode(GuardedNode):
     def __init__(self, **options: Any) -> None:
         super().__init__("policy", **options)
         declare(self, "checkpoint", "", "folder of a trained policy, or the name of one on the hub")
+        declare(self, "policy", "", "a policy elsewhere, in place of the checkpoint: the address of a policy server, "
+                                    "such as ws://192.168.1.5:8000, or a YAML file that describes one")  # fmt: skip
         declare(self, "dataset", "", "of a policy that was trained on several datasets: the one by whose statistics it "
                                      "runs; empty takes the one that it was deployed for")  # fmt: skip
         declare(self, "contract", "", "the robot's contract, a name in config/robots or a file; may differ from "
@@ -94,6 +102,14 @@ class PolicyNode(GuardedNode):
         declare(self, "seed", 0, "seed of the policy's sampling noise", low=0)
         declare(self, "execution", [""], "key=value changes to how chunks are executed, such as strategy=rtc, steps=6; "
                                          "[''] takes the checkpoint's")  # fmt: skip
+        declare(self, "world", "", "with policy: planner, the folder of the world model that it plans in; checkpoint "
+                                   "is the policy that proposes, if any")  # fmt: skip
+        declare(self, "planner", [""], "with policy: planner, key=value of its file, such as planner.type=mppi, "
+                                       "planner.horizon=12, budget_s=0.04; [''] takes the defaults")  # fmt: skip
+        declare(self, "imagined_s", 1.0, "least time between two pictures of the imagined rollout on ~/imagined, s",
+                low=0.05, high=60.0)  # fmt: skip
+        declare(self, "self_check", False, "at configure ask the policy whether other pictures and another instruction "
+                "change its actions, and refuse one that ignores them")  # fmt: skip
         declare(self, "safety", False, "a safety node stands between: send commands to candidate/<topic>")
         declare(self, "check_sensors_s", 0.0, "how long configure waits for all sensors and their transforms, to fail "
                                               "where one is missing or set up wrongly, s; 0 checks them as they come",
@@ -105,6 +121,7 @@ class PolicyNode(GuardedNode):
         declare(self, "log_dir", "", "folder for latencies and model inputs at the end; empty writes none")
         declare(self, "log_inputs", True, "log model inputs, which stay in memory until the end: not for long runs")
         self.core: PolicyCore | None = None
+        self._policy: Policy | None = None  # also where configure failed after it was loaded
         self._active = False
         self._subscriptions_held: list[Any] = []
         self._timers_held: list[Any] = []
@@ -203,15 +220,18 @@ class PolicyNode(GuardedNode):
 
     def configure(self) -> None:
         """Load, check, warm up, subscribe."""
-        folder = value(self, "checkpoint")
+        folder = value(self, "policy") or value(self, "checkpoint")
         if not folder:
-            raise VlaError("parameter checkpoint is empty; name the folder of a trained policy, or one on the hub")
+            raise VlaError("parameters checkpoint and policy are empty; name the folder of a trained policy, one on "
+                           "the hub, or the address of a server")  # fmt: skip
         self._synchronous = choice(self, "inference", ("asynchronous", "synchronous")) == "synchronous"
-        policy = load_policy(folder, int(value(self, "seed")), value(self, "dataset") or None)
+        policy = self._policy = self._load(folder)
         if value(self, "contract"):
             robot = RobotContract.load(value(self, "contract"))
             policy.contract.check_same(robot, f"checkpoint {folder}", value(self, "contract"))
             policy.contract = policy.contract.with_topics_of(robot)
+        if value(self, "self_check"):
+            self.get_logger().info(f"self-check: {'; '.join(self_check(policy).lines())}")
         if policy.contract.offline:
             raise VlaError(f"checkpoint {folder}: its contract is offline, it sees the future; no robot has that")
         changes = [change for entry in value(self, "execution") for change in entry.split()]
@@ -247,7 +267,15 @@ class PolicyNode(GuardedNode):
         self._command_publishers = command_publishers(self, core.contract, candidates=value(self, "safety"))
         self._chunk_publisher = self.create_publisher(ActionChunkMessage, CHUNK_TOPIC, COMMAND_QOS)
         self._diagnostics = diagnostics.publisher(self)
-        self._publishers_held = [*self._command_publishers.values(), self._chunk_publisher, self._diagnostics]
+        self._imagined_publisher = self.create_publisher(Image, "~/imagined", 1)
+        self._imagined_ns = -NANOSECONDS * 60
+        self._publishers_held = [*self._command_publishers.values(), self._chunk_publisher, self._diagnostics,
+                                 self._imagined_publisher]  # fmt: skip
+        self._told, self._fault_publisher = "", None
+        if value(self, "safety"):
+            self._fault_publisher = self.create_publisher(String, FAULT_TOPIC, LATCHED_QOS)
+            self._publishers_held.append(self._fault_publisher)
+            self._fault_publisher.publish(String(data=""))  # what was told before the last cleanup is over
         self._instruction_publisher = None
         if core.policy.spec.instruction:
             stream = core.builder.streams[core.policy.spec.instruction]
@@ -272,6 +300,19 @@ class PolicyNode(GuardedNode):
         gc.collect()
         gc.freeze()
         self.get_logger().info(f"policy {self._fingerprint} of {folder} is ready")
+
+    def _load(self, place: str) -> Policy:
+        """The policy at ``place``, or the planner that the parameters describe."""
+        seed, dataset = int(value(self, "seed")), value(self, "dataset") or None
+        if place != PLANNER:
+            return load_policy(place, seed, dataset)
+        from vla_core.planning.policy import PlannerPolicy, setup_from
+
+        if not value(self, "world"):
+            raise VlaError("parameter world is empty; with policy: planner name the folder of a world model")
+        changes = [change for entry in value(self, "planner") for change in entry.split()]
+        setup = setup_from(value(self, "world"), value(self, "checkpoint") or None, changes)
+        return PlannerPolicy.load(setup, seed, dataset)
 
     def activate(self) -> None:
         """Start to act."""
@@ -304,6 +345,9 @@ class PolicyNode(GuardedNode):
 
     def clean_up(self) -> None:
         """Unsubscribe and forget the policy."""
+        if self._policy is not None:
+            self._policy.close()
+            self._policy = None
         if self.core is None:
             return
         self._write_logs(self.core)
@@ -465,6 +509,7 @@ class PolicyNode(GuardedNode):
         except Exception as error:  # whatever it is: who waits for an answer gets the safe action
             self._report_fault(f"inference failed: {error}")
             self._publish_safe(tick_ns, str(error))
+            self._tell_fault(core.policy.fault)
             return
         self._acted = True
         command = core.command(tick_ns)
@@ -504,6 +549,7 @@ class PolicyNode(GuardedNode):
             except PolicyError as error:  # a model gone wrong: nothing that it planned is to be trusted either
                 core.drop_plan()
                 self._report_fault(f"inference failed: {error}")
+                self._tell_fault(core.policy.fault)
             except Exception as error:  # whatever it is: the control clock goes on, with the safe action
                 self._report_fault(f"inference failed: {error}")
 
@@ -524,7 +570,9 @@ class PolicyNode(GuardedNode):
         if command is not None:
             self._publish_command(command)
         elif self._last_values is not None:
-            self._publish_safe(now_ns, "no chunk covers this instant")
+            fault = core.policy.fault
+            self._publish_safe(now_ns, fault or "no chunk covers this instant")
+            self._tell_fault(fault)
 
     def _clock_jumped(self, now_ns: int) -> bool:
         """Whether the ROS clock went back, or differs from the steady one, since the last control tick."""
@@ -554,6 +602,7 @@ class PolicyNode(GuardedNode):
             self._publish_safe(command.stamp_ns, str(error))
             return
         self._planned_ns = observed_ns
+        self._tell_fault("")
         self._send(frame)
         self._last_values = command.values
         self._age_s = (command.stamp_ns - observed_ns) / NANOSECONDS
@@ -565,6 +614,12 @@ class PolicyNode(GuardedNode):
     def _send(self, frame: dict[str, bytes]) -> None:
         for topic, data in frame.items():
             self._command_publishers[topic].publish(data)
+
+    def _tell_fault(self, fault: str) -> None:
+        """Tell the safety stage what keeps the policy from acting, beside what it sees itself."""
+        if fault != self._told and self._fault_publisher is not None:
+            self._told = fault
+            self._fault_publisher.publish(String(data=fault))
 
     def _is_listened_to(self) -> bool:
         return not self._unheard()
@@ -603,6 +658,18 @@ class PolicyNode(GuardedNode):
         self.counts.chunks += 1
         if self._input_log is not None and core.last_observation is not None:
             self._input_log.add(core.last_observation, chunk)
+        self._publish_imagined(core, chunk.observation_stamp_ns)
+
+    def _publish_imagined(self, core: PolicyCore, stamp_ns: int) -> None:
+        """Show what the newest plan is expected to look like, where somebody looks; in the worker, as it takes time."""
+        now_ns = int(self.steady.now().nanoseconds)
+        due = now_ns - self._imagined_ns >= value(self, "imagined_s") * NANOSECONDS
+        if not due or not self._imagined_publisher.get_subscription_count():
+            return
+        pixels = core.policy.imagined()
+        if pixels is not None:
+            self._imagined_ns = now_ns
+            self._imagined_publisher.publish(messages.image(stamp_ns, pixels, "imagined"))
 
     # What people see of it.
 
@@ -615,11 +682,12 @@ class PolicyNode(GuardedNode):
         core = self.core
         if core is None:
             return
-        causes = [*self.faults.take(), *self.setup.faults, *self._waiting(core), self._misfit(core)]
+        causes = [*self.faults.take(), core.policy.fault, *self.setup.faults, *self._waiting(core), self._misfit(core)]
         values = {
             "checkpoint": self._fingerprint, "active": self._active, "strategy": core.executor.execution.strategy,
             **self.counts.as_dict(), **percentiles("inference_ms", core.inference_ms),
             **percentiles("observation_to_command_ms", self._latency_ms), **core.metrics.summary(RECENT),
+            **core.policy.report(),
         }  # fmt: skip
         now_ns = self._time_of_sight(core)
         hardware = core.contract.name

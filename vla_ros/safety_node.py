@@ -1,8 +1,9 @@
 """The safety stage as a lifecycle node: candidate commands in, commands that keep the contract's limits out.
 
 Each candidate on ``candidate/<topic>`` is answered at once with one command of the same stamp on ``<topic>``. A timer
-of the control period acts where candidates are absent. Heartbeat and ages are measured on a steady clock; with
-``use_sim_time`` on the simulated one, so that a graph in lockstep may think as long as it likes.
+of the control period acts where candidates are absent, or where the policy tells on ``candidate/fault`` that it cannot
+act. Heartbeat and ages are measured on a steady clock; with ``use_sim_time`` on the simulated one, so that a graph in
+lockstep may think as long as it likes.
 
 ``~/reset`` releases a latch, ``~/stop`` latches by hand. When the node is deactivated or told to end, it brings the
 robot to the safe action before it goes.
@@ -19,13 +20,22 @@ from typing import Any
 from rclpy.clock import Clock
 from rclpy.clock_type import ClockType
 from rclpy.duration import Duration
+from std_msgs.msg import String
 from std_srvs.srv import Trigger
 
 from vla_core.contract import NANOSECONDS
 from vla_core.errors import VlaError
 from vla_core.runtime.safety import Frame, SafetyStage
 from vla_ros import diagnostics, process
-from vla_ros.bridge import COMMAND_QOS, candidate_topic, command_publishers, message_class, subscribe_stream
+from vla_ros.bridge import (
+    COMMAND_QOS,
+    FAULT_TOPIC,
+    LATCHED_QOS,
+    candidate_topic,
+    command_publishers,
+    message_class,
+    subscribe_stream,
+)
 from vla_ros.lifecycle import GuardedNode, run
 from vla_ros.parameters import contract_of, declare, value
 
@@ -74,6 +84,8 @@ class SafetyNode(GuardedNode):
                 raw=True,
             )  # fmt: skip
             self._held.append((self.destroy_subscription, subscription))
+        told = self.create_subscription(String, FAULT_TOPIC, self._on_policy_fault, LATCHED_QOS)
+        self._held.append((self.destroy_subscription, told))
         steady = Clock(clock_type=ClockType.STEADY_TIME)  # a stopped simulated clock must not stop the watch
         for period_s, callback in ((self.contract.step_ns / NANOSECONDS, self._tick), (1.0, self._publish_diagnostics)):
             self._held.append((self.destroy_timer, self.create_timer(period_s, callback, clock=steady)))
@@ -91,8 +103,9 @@ class SafetyNode(GuardedNode):
         if not was_active or self.stage is None:
             return
         self._come_to_rest(self.stage)
-        latched = self.stage.latched
+        latched, policy_fault = self.stage.latched, self.stage.policy_fault
         self.stage = SafetyStage(self.contract, self._simulated)
+        self.stage.policy_fault = policy_fault  # it is told once
         if latched:  # only a reset ends it
             self.stage.trip(latched)
 
@@ -134,6 +147,11 @@ class SafetyNode(GuardedNode):
                     self.get_logger().warning(str(error), throttle_duration_sec=1.0)
 
         return store
+
+    def _on_policy_fault(self, message: String) -> None:
+        if self.stage is not None:
+            self.stage.policy_fault = message.data
+            self._tick()
 
     def _on_candidate(self, name: str) -> Callable[[bytes], None]:
         def answer(data: bytes) -> None:

@@ -12,7 +12,9 @@ measured during a step at its end, each message with the stamp of its measuremen
 falls behind the clock, and says how often (``late_ticks`` of the results); it never runs fast to catch up.
 
 ``driver: expert`` publishes what the world's expert does, of worlds that have one, on the contract's action topic: from
-there it comes back like any other's command. ``driver: policy`` waits for somebody else's. ``faults`` and
+there it comes back like any other's command. ``driver: policy`` waits for somebody else's. As a ``teleoperator`` the
+expert stands by: on ``teleop/<topic>`` it says at every tick what it would do, and on ``takeover`` it asks for the
+command in a share ``beta`` of the segments, as a human does who watches a policy (``takeover_node``). ``faults`` and
 ``disturbance`` make it harder: see ``vla_core.sim.faults`` and ``vla_core.sim.noise``; both are the same for a seed.
 """
 
@@ -29,6 +31,7 @@ import numpy as np
 from rclpy.node import Node
 from rclpy.qos import QoSProfile, ReliabilityPolicy
 from rclpy.time import Time
+from std_msgs.msg import Bool
 
 from vla_core.commands import decode, encode
 from vla_core.config import from_dict, override
@@ -36,13 +39,14 @@ from vla_core.contract import NANOSECONDS, RobotContract
 from vla_core.data.episodes import EPISODE_TOPIC
 from vla_core.errors import VlaError
 from vla_core.observation.messages import header_stamp_ns
+from vla_core.runtime.takeover import TAKEOVER_TOPIC, TELEOP_PREFIX
 from vla_core.sim.base import HasExpert, Journey, View, details_of, instruction_now, is_over
 from vla_core.sim.collect import EXECUTED
 from vla_core.sim.faults import Faults
 from vla_core.sim.noise import Disturbance, Noise
 from vla_core.sim.worlds import find, make_world, task_of
 from vla_ros import process
-from vla_ros.bridge import COMMAND_QOS, EPISODE_QOS, message_class
+from vla_ros.bridge import COMMAND_QOS, EPISODE_QOS, LATCHED_QOS, message_class
 from vla_ros.film import Film
 from vla_ros.msg import Episode
 from vla_ros.parameters import choice, declare, value
@@ -73,7 +77,8 @@ class SimulatorNode(Node):
         self.task = task_of(name)
         self.contract = RobotContract.load(value(self, "contract") or simulator.contract)
         self._lockstep = choice(self, "clock", ("realtime", "lockstep")) == "lockstep"
-        self._expert_drives = choice(self, "driver", ("policy", "expert")) == "expert"
+        driver = choice(self, "driver", ("policy", "expert", "teleoperator"))
+        self._expert_drives, self._stands_by = driver != "policy", driver == "teleoperator"
         view = View(
             camera=value(self, "camera") or None, size=value(self, "camera_size") or None,
             black=value(self, "black_camera"), swapped=value(self, "swapped"),
@@ -82,7 +87,7 @@ class SimulatorNode(Node):
         self._period_ns = self.world.contract.step_ns
         self._expert = self.world if isinstance(self.world, HasExpert) else None
         if self._expert_drives and self._expert is None:
-            raise VlaError(f"parameter driver is 'expert': {name} has no scripted expert; choices: policy")
+            raise VlaError(f"parameter driver is {driver!r}: {name} has no scripted expert; choices: policy")
         if view.swapped and not isinstance(self.world, Journey):
             raise VlaError(f"parameter swapped: {name} says nothing by itself; give it another task's instruction")
         # The simulated part of a control step: 1, or more where a realtime world moves by shorter ones.
@@ -111,8 +116,12 @@ class SimulatorNode(Node):
         self._lockstep_ns = PAUSE_NS  # stamps of simulated time start after zero, which ROS reads as "no time yet"
         self._episode_publisher = self.create_publisher(Episode, EPISODE_TOPIC, EPISODE_QOS)
         plan_class = message_class(self._action.type)
+        plan_topic = TELEOP_PREFIX + self._action.topic if self._stands_by else self._action.topic
         self._plan_publisher = (
-            self.create_publisher(plan_class, self._action.topic, COMMAND_QOS) if self._expert_drives else None
+            self.create_publisher(plan_class, plan_topic, COMMAND_QOS) if self._expert_drives else None
+        )
+        self._takeover_publisher = (
+            self.create_publisher(Bool, TAKEOVER_TOPIC, LATCHED_QOS) if self._stands_by else None
         )
         command_class = message_class(self._obeyed.type)
         self._executed_publisher = (
@@ -141,7 +150,11 @@ class SimulatorNode(Node):
         declare(self, "clock", "realtime", "realtime or lockstep")
         declare(self, "realtime_rate_hz", 0.0, "realtime: steps of the world a second, a multiple of the contract's "
                                                "rate; 0 is the contract's", low=0.0, high=1000.0)  # fmt: skip
-        declare(self, "driver", "policy", "who commands: policy (others) or expert (this node, over the same topic)")
+        declare(self, "driver", "policy", "who commands: policy (others), expert (this node, over the same topic) or "
+                                          "teleoperator (others, and this node takes over now and then)")  # fmt: skip
+        declare(self, "beta", 0.5, "driver teleoperator: share of the segments in which it takes over", low=0.0,
+                high=1.0)  # fmt: skip
+        declare(self, "segment_steps", 20, "driver teleoperator: control steps of a segment", low=1, high=10**6)
         declare(self, "episodes", 1, "episodes to run")
         declare(self, "seed", 0, "seed of the first episode; each later one counts up")
         declare(self, "max_steps", 0, "control steps after which an episode has failed; 0 takes the task's own")
@@ -199,6 +212,7 @@ class SimulatorNode(Node):
         self._mark(Episode.START, start_ns, index, seed, 0)
         # Of its own generator: the world must give the same episode with and without noise.
         disturbance = Disturbance(self._noise, self._obeyed, np.random.default_rng([seed, 1]))
+        takeovers = np.random.default_rng([seed, 2])
         tick_wall_ns = start_wall_ns = time.monotonic_ns()
         steps, stamp_ns = 0, start_ns
         while steps < self._max_steps:
@@ -206,6 +220,10 @@ class SimulatorNode(Node):
             if steps:
                 self._say()
             pictures = steps % self.world.steps_per_frame == 0
+            if self._takeover_publisher is not None and steps % (value(self, "segment_steps") * self._substeps) == 0:
+                # Heard before the observation, so that the tick is the teleoperator's from its beginning.
+                self._takeover_publisher.publish(Bool(data=bool(takeovers.random() < value(self, "beta"))))
+                self._takeover_publisher.wait_for_all_acked(ACK_TIMEOUT)
             self.feed.observe(stamp_ns, pictures)
             if self._plan_publisher is not None and steps % self._substeps == 0:
                 self._publish_expert(stamp_ns)
@@ -341,7 +359,7 @@ class SimulatorNode(Node):
         wanted = {name for name in value(self, "wait_for") if name}
         deadline = time.monotonic() + value(self, "wait_timeout_s")
         topic = self._obeyed.topic
-        own = self._expert_drives and self._obeyed is self._action
+        own = self._expert_drives and not self._stands_by and self._obeyed is self._action
         while not stop():
             # They subscribe to the episodes last, so whoever is there has its other subscriptions too.
             listening = {info.node_name for info in self.get_subscriptions_info_by_topic(EPISODE_TOPIC)}

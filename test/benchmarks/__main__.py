@@ -15,7 +15,9 @@ from vla_core.errors import VlaError, choices
 # A suite's module has BENCHMARKS: name to function. It is imported when it runs, so that none needs another's packages.
 SUITES = {
     "data": "test.benchmarks.data", "driving": "test.benchmarks.driving", "model": "test.benchmarks.model",
-    "robot": "test.benchmarks.robot",
+    "policy": "test.benchmarks.policy",
+    "robot": "test.benchmarks.robot", "serve": "test.benchmarks.serving",
+    "world": "test.benchmarks.world",
 }  # fmt: skip
 
 FILE_WIDTH = 140  # of tables that no terminal shows

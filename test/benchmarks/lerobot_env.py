@@ -27,25 +27,40 @@ PACKAGES = (
     "httpx", "httpcore", "h11", "anyio", "sniffio", "aiohttp", "aiohappyeyeballs", "aiosignal", "frozenlist",
     "multidict", "yarl", "propcache", "requests", "tqdm",
 )  # fmt: skip
+# Its policies besides, with the versions that it asks for.
+POLICY_PACKAGES = (
+    "transformers==4.57.6", "tokenizers==0.22.1", "diffusers==0.35.2", "numpy==2.2.6", "gymnasium==1.4.0",
+    "cloudpickle", "farama-notifications", "pyserial", "einops", "cachebox",
+)  # fmt: skip
 NAME = "LeRobot 0.4.4"
 FOLDER = Path(vla_core.__file__).parents[1] / "out/bench/lerobot"
 ANSWER_S = 300
 
 
-def python() -> Path:
-    """The interpreter of LeRobot's environment, which is made if it is not there."""
-    found, whole = FOLDER / "bin/python", FOLDER / ".whole"
-    if whole.is_file() and whole.read_text() == "\n".join(PACKAGES):
+def python(policies: bool = False) -> Path:
+    """The interpreter of LeRobot's environment, which is made if it is not there; ``policies``: one that runs them."""
+    folder = FOLDER.with_name("lerobot_policies") if policies else FOLDER
+    packages = (*PACKAGES, *POLICY_PACKAGES) if policies else PACKAGES
+    found, whole = folder / "bin/python", folder / ".whole"
+    if whole.is_file() and whole.read_text() == "\n".join(packages):
         return found
-    venv.create(FOLDER, with_pip=True, clear=True)
-    own = next((FOLDER / "lib").glob("python*")) / "site-packages"
+    venv.create(folder, with_pip=True, clear=True)
+    own = next((folder / "lib").glob("python*")) / "site-packages"
     (own / "zz_shared.pth").write_text("\n".join(site.getsitepackages()))
-    command = [str(found), "-m", "pip", "--disable-pip-version-check", "install", "-q", "--no-deps", *PACKAGES]
+    command = [str(found), "-m", "pip", "--disable-pip-version-check", "install", "-q", "--no-deps", *packages]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise BenchmarkError(f"LeRobot's environment cannot be made: {' '.join(done.stderr.split())[-300:]}")
-    whole.write_text("\n".join(PACKAGES))
+    whole.write_text("\n".join(packages))
     return found
+
+
+def environment(place: Path, threads: int = 1) -> dict[str, str]:
+    """The variables of its process; ``place`` is where it may keep what it needs once."""
+    variables = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(place / "cache"),
+                 "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", "SVT_LOG": "1"}  # fmt: skip
+    variables.pop("PYTHONPATH", None)
+    return variables
 
 
 class LeRobot:
@@ -53,12 +68,9 @@ class LeRobot:
 
     def __init__(self, log: Path, threads: int = 1) -> None:
         self._log = log.open("w", encoding="utf-8")
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(log.parent / "cache"),
-                       "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", "SVT_LOG": "1"}  # fmt: skip
-        environment.pop("PYTHONPATH", None)
         script = Path(__file__).with_name("lerobot_peer.py")
         self._process = subprocess.Popen([str(python()), str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                         stderr=self._log, text=True, env=environment)  # fmt: skip
+                                         stderr=self._log, text=True, env=environment(log.parent, threads))  # fmt: skip
 
     def ask(self, do: str, **request: Any) -> dict[str, Any]:
         """Send a request and wait for its answer."""

@@ -179,7 +179,7 @@ def test_a_contract_with_another_action_dimension_is_refused(saved: Path) -> Non
         Checkpoint.load(saved)
 
 
-@pytest.mark.parametrize("failing", ["save_file", "_replace"])
+@pytest.mark.parametrize("failing", ["save_file", "replace_folder"])
 def test_a_save_that_fails_leaves_the_old_one(saved: Path, monkeypatch: pytest.MonkeyPatch, failing: str) -> None:
     before = fingerprint(saved)
 

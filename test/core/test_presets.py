@@ -23,6 +23,7 @@ from vla_core.evaluation.parity import InputLog
 from vla_core.inspect import describe
 from vla_core.model.vla import VLAModel, build_model
 from vla_core.model.vla.sizes import columns, model_sizes
+from vla_core.model.vla.smolvla_config import BACKBONES as SMOLVLM
 from vla_core.model.vlm import HubTokenizer, build_tokenizer
 from vla_core.observation.batch import collate
 from vla_core.observation.builder import Observation, ObservationBuilder
@@ -51,11 +52,16 @@ TOTAL = {
     "large": 7794.3,
     "driving": 661.3,
     "driving_tiny": 3.0,
+    "smolvla": 402.7,  # 450 with the language model's output matrix, which no feature passes
+    "smolvla_edge": 215.6,
 }
 
 
 def unloaded(recipe: Any) -> Any:
     """The same architecture with random weights."""
+    if recipe.type == "smolvla":
+        record = SMOLVLM[recipe.model_name].architecture
+        return dataclasses.replace(recipe, pretrained=None, architecture=record)
     parts = {name: getattr(recipe, name) for name in ("vision", "language")}
     bare = {name: dataclasses.replace(part, pretrained=None) for name, part in parts.items()
             if hasattr(part, "pretrained")}  # fmt: skip

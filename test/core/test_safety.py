@@ -468,6 +468,20 @@ def test_a_latch_stays_until_it_is_reset(cause: str) -> None:
     assert graph.stage.reset(graph.now, graph.steady) == "nothing is latched"
 
 
+@pytest.mark.parametrize("reaction", ["stop", "latch"])
+def test_a_policy_that_says_why_it_cannot_act_is_as_one_that_is_silent(reaction: str) -> None:
+    """Though its commands still come: they are not to be followed."""
+    graph = moving({"heartbeat": reaction})
+    graph.stage.policy_fault = "policy_server_lost: nobody answers"
+    assert graph.run(2, 0.4, 0.2)[-1] == [0.0, 0.0]
+    assert graph.stage.faults()["policy"] == "policy: policy_server_lost: nobody answers"
+    assert graph.stage.state == ("latched" if reaction == "latch" else "stopping")
+    graph.stage.policy_fault = ""
+    assert graph.run(8, 0.4, 0.2)[-1] == ([0.0, 0.0] if reaction == "latch" else [0.4, 0.2])
+    assert graph.stage.reset(graph.now, graph.steady) == ("" if reaction == "latch" else "nothing is latched")
+    assert graph.run(8, 0.4, 0.2)[-1] == [0.4, 0.2]
+
+
 def test_one_can_latch_by_hand() -> None:
     graph = moving()
     graph.stage.trip("somebody pressed it")

@@ -20,6 +20,7 @@ from vla_core.data.options import DataOptions, Validation
 from vla_core.errors import VlaError
 from vla_core.model.action_head.diffusion_action_head import DiffusionHeadConfig
 from vla_core.observation.builder import ImageSize, ObservationSpec
+from vla_core.observation.normalizer import Normalization
 from vla_core.runtime.policy import Policy
 from vla_core.training import trainer
 from vla_core.training.distributed import Processes
@@ -284,6 +285,27 @@ def test_every_dataset_of_a_mixture_has_its_own_statistics(tmp_path: Path) -> No
         train(dataclasses.replace(recipe_, data=DataOptions(weights={"tiny": 1})), [small, large])
     with pytest.raises(VlaError, match="datasets of the same name: small, small"):
         train(recipe_, [small, small])
+
+
+def test_a_run_begins_with_the_weights_words_and_statistics_of_another() -> None:
+    first = train(diffusion(steps=6), dataset())
+    other = dataset((7, 8))
+    begun = train(diffusion(steps=1, learning_rate=1e-12), other, start=first.checkpoint)
+    for name, tensor in weights(first).items():
+        torch.testing.assert_close(weights(begun)[name], tensor, atol=1e-9, rtol=0)
+    assert begun.checkpoint.normalizer.statistics == first.checkpoint.normalizer.statistics != other.statistics()
+    assert begun.checkpoint.tokenizer.to_dict() == first.checkpoint.tokenizer.to_dict()
+    again = train(diffusion(steps=6), dataset(), start=train(diffusion(steps=6), dataset()).checkpoint)
+    assert not equal(weights(again), weights(first)), "it went on"
+
+
+def test_a_run_begins_only_with_a_policy_of_its_own_recipe() -> None:
+    first = train(diffusion(steps=1), dataset()).checkpoint
+    with pytest.raises(TrainingError, match=r"is of another model than the recipe's: \d+ tensors differ, such as head"):
+        train(recipe(steps=1), dataset(), start=first)
+    changed = dataclasses.replace(diffusion(steps=1), normalization=Normalization(action="quantile"))
+    with pytest.raises(TrainingError, match=r"to start from has another normalization than the recipe: .*quantile"):
+        train(changed, dataset(), start=first)
 
 
 def test_wandb_is_told_what_tensorboard_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from vla_core.data.bag import info as bag_info
 from vla_core.data.episodes import EPISODE_TOPIC
 from vla_core.data.executor import results
 from vla_core.data.folder import ACTION, FORMAT, IMAGES, STATE
+from vla_core.data.happened import EXECUTED, INTERVENED, REWARD, Happened, recorded
 from vla_core.data.lerobot.layout import V30, VERSIONS, Feature, image, vector
 from vla_core.data.lerobot.video import VideoOptions
 from vla_core.data.lerobot.writer import LeRobotWriter
@@ -96,15 +97,17 @@ def convert(
     except VlaError as error:
         raise error if given else ConvertError(f"{bags[0]}: by the contract in it, {error}") from None
     with _staging(out, resume) as partial, written(out):
-        plan_rows = rows_recorded(bags, contract)
+        plan_rows, happened = rows_recorded(bags, contract), recorded(bags, contract)
         jobs = [
             BagJob(path=path, name=name, shards=partial / "shards", contract=contract, spec=spec,
-                   keep_failed=keep_failed, video=video, thresholds=thresholds, plan_rows=plan_rows)
+                   keep_failed=keep_failed, video=video, thresholds=thresholds, plan_rows=plan_rows,
+                   happened=happened)
             for path, name in zip(bags, names, strict=True)
         ]  # fmt: skip
         _forget_others(partial / "shards", jobs)
         writer = LeRobotWriter(
-            out, version=version, fps=contract.rate_hz, features=features(contract, spec, video is not None, plan_rows),
+            out, version=version, fps=contract.rate_hz,
+            features=features(contract, spec, video is not None, plan_rows, happened),
             robot_type=contract.name,
             description={"format": FORMAT, "contract": to_dict(contract), "observation": to_dict(spec)},
         )  # fmt: skip
@@ -205,8 +208,9 @@ def _bytes(path: Path) -> int:
 
 
 def features(
-    contract: RobotContract, spec: ObservationSpec, video: bool, plan_rows: int | None = None
-) -> dict[str, Feature]:
+    contract: RobotContract, spec: ObservationSpec, video: bool, plan_rows: int | None = None,
+    happened: Happened | None = None,
+) -> dict[str, Feature]:  # fmt: skip
     """LeRobot's features of a dataset for ``spec``, whose actions are plans of ``plan_rows`` rows or single ones."""
     found = {}
     if spec.state:
@@ -214,7 +218,14 @@ def features(
     for name, size in spec.images.items():
         found[f"{IMAGES}{name}"] = image(size.height, size.width, video=video)
     names = contract.action_names if plan_rows is None else plan_names(contract, plan_rows)
-    return {**found, ACTION: vector(names)}
+    found[ACTION] = vector(names)
+    if happened is not None and happened.executed:
+        found[EXECUTED] = vector(contract.action_names)
+    if happened is not None and happened.reward:
+        found[REWARD] = vector(("reward",))
+    if happened is not None and happened.intervened:
+        found[INTERVENED] = vector(("intervened",))
+    return found
 
 
 def state_names(contract: RobotContract, spec: ObservationSpec) -> tuple[str, ...]:

@@ -55,6 +55,8 @@ class EpisodeData:
 
     ``action`` is (N, H, A) where the contract's actions are plans.
 
+    ``executed`` (N, A) and ``reward`` (N,) float32 are what was executed instead of ``action``, and what it earned;
+    ``intervened`` (N,) bool, where somebody had taken over.
     ``observations`` has the whole observation of each tick where the spec has extras or streams are missing; images,
     state and instruction are taken from the arrays all the same.
     """
@@ -69,6 +71,9 @@ class EpisodeData:
     task: str = ""
     outcome: str = "unknown"
     observations: tuple[Observation, ...] = ()
+    executed: np.ndarray | None = None
+    reward: np.ndarray | None = None
+    intervened: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.action)
@@ -86,6 +91,11 @@ class Dataset:
     ``present`` stream -> (N,) bool for streams that are missing at some frames (black picture, NaN in the state).
     ``observations`` gives whole observations where the spec has extras. ``window_rows`` (M,) are the frames at which a
     training window may start, all of them unless a filter took some out.
+
+    ``executed`` (N, A) and ``reward`` (N,) float32 are what was executed, where that may be something else than the
+    label ``action``, and what it earned; None where nobody recorded them. ``intervened`` (N,) bool tells the frames
+    whose action is of whoever had taken over from a policy; None where no policy drove. ``shown`` (N,) bool are the
+    frames whose actions a policy is to imitate, all of them unless a filter took some out.
     """
 
     name: str
@@ -101,6 +111,10 @@ class Dataset:
     present: Mapping[str, np.ndarray] = field(default_factory=dict)
     observations: Observations | None = None
     window_rows: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    executed: np.ndarray | None = None
+    reward: np.ndarray | None = None
+    intervened: np.ndarray | None = None
+    shown: np.ndarray | None = None
 
     @property
     def frames(self) -> int:
@@ -177,6 +191,10 @@ class Dataset:
             present={name: there[rows] for name, there in self.present.items()},
             observations=None if self.observations is None else _Selected(self.observations, rows),
             window_rows=np.flatnonzero(allowed[rows]),
+            executed=None if self.executed is None else self.executed[rows],
+            reward=None if self.reward is None else self.reward[rows],
+            intervened=None if self.intervened is None else self.intervened[rows],
+            shown=None if self.shown is None else self.shown[rows],
         )  # fmt: skip
 
     @classmethod
@@ -215,7 +233,24 @@ class Dataset:
             present={name: there for name, there in present.items() if not there.all()},
             observations=seen if spec.extras else None,
             window_rows=frames,
+            executed=_of_all([e.executed for e in episodes], name, "executed"),
+            reward=_of_all([e.reward for e in episodes], name, "reward"),
+            intervened=_as_bool(_of_all([e.intervened for e in episodes], name, "intervened")),
         )  # fmt: skip
+
+
+def _of_all(parts: Sequence[np.ndarray | None], name: str, what: str) -> np.ndarray | None:
+    """One array of what all episodes have, or none of them."""
+    there = [part for part in parts if part is not None]
+    if there and len(there) < len(parts):
+        raise DatasetError(
+            f"{name}: {len(there)} of {len(parts)} episodes have {what}; give it for all of them, or none"
+        )
+    return np.concatenate(there).astype(np.float32) if there else None
+
+
+def _as_bool(values: np.ndarray | None) -> np.ndarray | None:
+    return None if values is None else values > 0.5
 
 
 def _values(observation: Observation, name: str) -> np.ndarray | None:

@@ -308,6 +308,18 @@ class Commands:
         # A contract has one plan at most: two would both have an x.
         return None if any(part is None for part in parts) else np.concatenate(parts)  # type: ignore[arg-type]
 
+    def executed_at(self, tick_ns: int) -> np.ndarray | None:
+        """What was executed instead (A,), where that is known."""
+        return None
+
+    def reward_at(self, tick_ns: int) -> float | None:
+        """What it earned, where that is known."""
+        return None
+
+    def intervened_at(self, tick_ns: int) -> bool | None:
+        """Whether somebody had taken over from a policy, where that is known."""
+        return None
+
 
 class _Track:
     """The messages of one action in order of their stamps, decoded when they are first asked for."""
@@ -370,13 +382,17 @@ class Tick:
     """One control tick of a bag: what was seen, and the command (A,), or plan (H, A), float32 that answered it.
 
     ``episode`` counts the starts marked until then, so 0 is what was before the first. A tick that gives no row has no
-    observation, or no command.
+    observation, or no command. ``executed`` (A,), ``reward`` and ``intervened`` are there where they were recorded and
+    asked for.
     """
 
     stamp_ns: int
     episode: int
     observation: Observation | None
     action: np.ndarray | None
+    executed: np.ndarray | None = None
+    reward: float | None = None
+    intervened: bool | None = None
 
 
 class EpisodeReader:
@@ -387,14 +403,17 @@ class EpisodeReader:
     tick without an observation has none.
     """
 
-    def __init__(self, bag: OpenBag, contract: RobotContract, spec: ObservationSpec) -> None:
+    def __init__(
+        self, bag: OpenBag, contract: RobotContract, spec: ObservationSpec, commands: Commands | None = None
+    ) -> None:
+        """``commands`` may know more than the labels: :class:`vla_core.data.happened.CommandsAndMore`."""
         self.bag = bag
         self.builder = ObservationBuilder(contract, spec)
         needed = {stream.topic: stream.type for stream in self.builder.streams.values()}
         needed |= {action.topic: action.type for action in contract.actions.values()}
         bags.require_topics(bag.info, needed)
-        self.topics = {*needed, EPISODE_TOPIC}
-        self.commands = Commands((), contract)
+        self.commands = Commands((), contract) if commands is None else commands
+        self.topics = {*needed, *self.commands.topics, EPISODE_TOPIC}
         self.buffer = self.builder.make_buffer()
         self.late: Counter[str] = Counter()
         self.future: Counter[str] = Counter()
@@ -415,7 +434,9 @@ class EpisodeReader:
                     except Unobserved as refusal:
                         seen, self.refused = None, refusal.reasons
                     row = None if action is None else action.astype(np.float32)
-                    yield Tick(tick_ns, replay.episode, seen, row)
+                    done = self.commands.executed_at(tick_ns)
+                    yield Tick(tick_ns, replay.episode, seen, row, None if done is None else done.astype(np.float32),
+                               self.commands.reward_at(tick_ns), self.commands.intervened_at(tick_ns))  # fmt: skip
             except MessageError as error:
                 raise BagError(f"{self.bag.path}: {error}") from None
 

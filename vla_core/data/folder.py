@@ -13,6 +13,7 @@ from vla_core.config import from_dict
 from vla_core.contract import RobotContract
 from vla_core.data.dataset import Dataset, DatasetError, EpisodeEntry
 from vla_core.data.frame_cache import Cache, Pictures, cached, open_pictures
+from vla_core.data.happened import EXECUTED, INTERVENED, REWARD
 from vla_core.data.lerobot.layout import VISUAL, Info
 from vla_core.data.lerobot.reader import LeRobotFolder
 from vla_core.data.plans import plan_names
@@ -117,7 +118,8 @@ def _read(
         state=state, action=np.ascontiguousarray(action, dtype=np.float32),
         stamps_ns=stamps, tasks=tasks, task_index=task_index, images=images, present=present,
         observations=_replayed(folder, contract, spec, cache, images, state, tasks, task_index),
-        window_rows=np.arange(len(action)),
+        window_rows=np.arange(len(action)), executed=_optional(folder, EXECUTED, len(contract.action_names)),
+        reward=_optional(folder, REWARD, None), intervened=_intervened(folder),
     )  # fmt: skip
 
 
@@ -135,6 +137,19 @@ def _actions(folder: LeRobotFolder, contract: RobotContract) -> np.ndarray:
         raise DatasetError(f"{folder.path}: {ACTION} has {found}, the contract {contract.name!r} has plans; expected "
                            f"them row by row: {', '.join(expected[: width + 1])}, ...")  # fmt: skip
     return folder.column(ACTION).reshape(-1, rows, width)
+
+
+def _optional(folder: LeRobotFolder, name: str, width: int | None) -> np.ndarray | None:
+    """A column (N, width), or (N,), of what happened (:mod:`vla_core.data.happened`); None where there is none."""
+    if name not in folder.info.features:
+        return None
+    found = np.asarray(folder.column(name), dtype=np.float32)
+    return found.reshape(len(found)) if width is None else found.reshape(len(found), width)
+
+
+def _intervened(folder: LeRobotFolder) -> np.ndarray | None:
+    found = _optional(folder, INTERVENED, None)
+    return None if found is None else found > 0.5
 
 
 def _entry(index: int, plain: dict[str, Any], instruction: str) -> EpisodeEntry:

@@ -6,6 +6,7 @@ import dataclasses
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 
@@ -27,6 +28,9 @@ class Filter:
     whose actions are all below ``motionless``, a share of each one's half range: velocities and efforts by value,
     positions, and entries named in ``by_change`` (a gripper among velocities), by the change since the frame before.
     At rest is a plan that stays, in all its rows, where it begins.
+
+    ``interventions``: ``only`` imitates what those did who took over from a policy, and nothing of what the policy did
+    (HG-DAgger, Kelly et al. 2019); episodes in which no policy drove are kept as they are.
     """
 
     tasks: tuple[str, ...] = ()
@@ -39,6 +43,7 @@ class Filter:
     motionless: float | None = None
     motionless_ticks: int = 1
     by_change: tuple[str, ...] = ()
+    interventions: Literal["all", "only"] = "all"
 
     def __post_init__(self) -> None:
         for name in ("instruction", "bag"):
@@ -79,7 +84,8 @@ class DataOptions:
 
     ``weights`` are the datasets' shares of the samples by name; without any each window counts alike. ``cache`` keeps
     decoded pictures on the ``disk``, in ``memory``, or decodes them at each use (``none``). ``prefetch`` batches are
-    made ahead.
+    made ahead. A window that starts where somebody had taken over from a policy comes ``intervention_weight`` times in
+    an epoch.
     """
 
     weights: dict[str, float] = field(default_factory=dict)
@@ -87,8 +93,11 @@ class DataOptions:
     validation: Validation = field(default_factory=Validation)
     cache: Cache = "disk"
     prefetch: int = 2
+    intervention_weight: int = 1
 
     def __post_init__(self) -> None:
+        if self.intervention_weight < 1:
+            raise ConfigError(f"intervention_weight: expected at least 1, found {self.intervention_weight}")
         for name, weight in self.weights.items():
             if not 0 < weight < float("inf"):
                 raise ConfigError(f"weights.{name}: expected a positive number, found {weight}")
@@ -121,6 +130,14 @@ def keep(dataset: Dataset, wanted: Filter) -> tuple[Dataset, list[str]]:
     if not places:
         raise DatasetError(f"{dataset.name}: the filter leaves nothing: {'; '.join(notes)}")
     kept = dataset.select(places) if len(places) < len(dataset.episodes) else dataset
+    if wanted.interventions == "only" and kept.intervened is not None:
+        rows = kept.window_rows[kept.intervened[kept.window_rows]]
+        if not len(rows):
+            raise DatasetError(f"{dataset.name}: the filter leaves nothing: nobody intervened in its "
+                               f"{len(kept.episodes)} episodes")  # fmt: skip
+        notes.append(f"{dataset.name}: interventions (only) starts no window at {len(kept.window_rows) - len(rows)} of "
+                     f"{len(kept.window_rows)} frames")  # fmt: skip
+        kept = dataclasses.replace(kept, window_rows=rows, shown=kept.intervened)
     if wanted.motionless is None:
         return kept, notes
     still = _stretches(at_rest(kept, wanted.motionless, wanted.by_change), kept.starts, wanted.motionless_ticks)
@@ -132,6 +149,14 @@ def keep(dataset: Dataset, wanted: Filter) -> tuple[Dataset, list[str]]:
         notes.append(f"{dataset.name}: motionless ({wanted.motionless:g}) starts no window at "
                      f"{len(kept.window_rows) - len(rows)} of {len(kept.window_rows)} frames")  # fmt: skip
     return dataclasses.replace(kept, window_rows=rows), notes
+
+
+def weighted(dataset: Dataset, weight: int) -> Dataset:
+    """The dataset with each window that starts at an intervention ``weight`` times."""
+    if weight == 1 or dataset.intervened is None:
+        return dataset
+    times = np.where(dataset.intervened[dataset.window_rows], weight, 1)
+    return dataclasses.replace(dataset, window_rows=np.repeat(dataset.window_rows, times))
 
 
 def split(dataset: Dataset, held_out: Validation) -> tuple[Dataset, Dataset | None]:

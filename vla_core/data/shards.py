@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path
 from queue import Queue
@@ -30,8 +30,9 @@ from vla_core.config import to_dict
 from vla_core.contract import RobotContract
 from vla_core.data import side
 from vla_core.data.bag import CONTRACT_KEY, BagError, opened
-from vla_core.data.episodes import EpisodeInfo, EpisodeReader
+from vla_core.data.episodes import EpisodeInfo, EpisodeReader, Tick
 from vla_core.data.folder import ACTION, IMAGES, STATE
+from vla_core.data.happened import EXECUTED, INTERVENED, REWARD, CommandsAndMore, Happened
 from vla_core.data.lerobot.episode import EpisodeRows, Stats
 from vla_core.data.lerobot.layout import LeRobotError
 from vla_core.data.lerobot.statistics import column_statistics, image_statistics, sample_indices
@@ -57,7 +58,10 @@ class Interrupted(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class BagJob:
-    """What is to be made of one bag; ``name`` is what dataset and report call it, ``plan_rows`` H of its plans."""
+    """What is to be made of one bag; ``name`` is what dataset and report call it, ``plan_rows`` H of its plans.
+
+    ``happened`` is what is taken over beside observations and labels.
+    """
 
     path: Path
     name: str
@@ -68,6 +72,7 @@ class BagJob:
     video: VideoOptions | None
     thresholds: Thresholds
     plan_rows: int | None = None
+    happened: Happened = field(default_factory=Happened)
 
     def fingerprint(self) -> str:
         """Equal for the same bag (by its description, and its files' sizes and times) and the same wishes."""
@@ -80,7 +85,7 @@ class BagJob:
         files = [(name, state.st_size, state.st_mtime_ns) for name, state in states]
         wishes = [FORMAT, self.name, files, to_dict(self.contract), to_dict(self.spec), self.keep_failed,
                   None if self.video is None else asdict(self.video), self.thresholds.max_lost,
-                  self.plan_rows]  # fmt: skip
+                  self.plan_rows, asdict(self.happened)]  # fmt: skip
         return hashlib.sha256(text + json.dumps(wishes).encode()).hexdigest()[:24]
 
 
@@ -151,7 +156,8 @@ def _convert(job: BagJob, folder: Path, stopped: Callable[[], bool]) -> dict[str
         if CONTRACT_KEY in bag.info.metadata and bag.info.contract != contract:
             contract.check_same(bag.info.contract, "the dataset", str(job.path))
             contract = contract.with_topics_of(bag.info.contract)
-        return _convert_open(job, EpisodeReader(bag, contract, job.spec), folder, stopped)
+        commands = CommandsAndMore(contract, job.happened, bag.info.topics)
+        return _convert_open(job, EpisodeReader(bag, contract, job.spec, commands), folder, stopped)
 
 
 def _convert_open(job: BagJob, reader: EpisodeReader, folder: Path, stopped: Callable[[], bool]) -> dict[str, Any]:
@@ -173,9 +179,10 @@ def _convert_open(job: BagJob, reader: EpisodeReader, folder: Path, stopped: Cal
             check_rows(tick.action, job.plan_rows, f"{job.path}: at {tick.stamp_ns} ns")
             if not np.isfinite(tick.action).all():
                 raise BagError(f"{job.path}: a command is not finite at {tick.stamp_ns} ns: {tick.action.tolist()}")
+            _check_reward(job, tick)
             if tick.episode not in sinks:
                 sinks[tick.episode] = _EpisodeSink(folder, tick.episode, job)
-            sinks[tick.episode].add(tick.observation, tick.action)
+            sinks[tick.episode].add(tick.observation, tick.action, tick)
             if sum(ticks.values()) % BATCH == 0 and stopped():
                 raise Interrupted
         streams = counts.result(reader.bag.info, reader.late, reader.future)
@@ -192,6 +199,12 @@ def _convert_open(job: BagJob, reader: EpisodeReader, folder: Path, stopped: Cal
         "counts": {"ticks": sum(ticks.values()), "dropped_ticks": sum(dropped.values()),
                    "outside_ticks": sum(outside.values())},
     }  # fmt: skip
+
+
+def _check_reward(job: BagJob, tick: Tick) -> None:
+    if job.happened.reward and (tick.reward is None or not np.isfinite(tick.reward)):
+        what = "no reward" if tick.reward is None else f"a reward that is not finite ({tick.reward})"
+        raise BagError(f"{job.path}: {what} at {tick.stamp_ns} ns, though the bag has the topic of rewards")
 
 
 def _close(
@@ -233,6 +246,8 @@ class _EpisodeSink:
         self._folder, self._number, self._spec, self._contract = folder, number, job.spec, job.contract
         self._past = side.PastTicks(job.spec)
         self._rows: list[tuple[Observation, np.ndarray, list[int], list[int]]] = []
+        self._happened = job.happened
+        self._ticks: list[Tick] = []
         self._file = self._path("rows.arrow")
         fields = [*side.frames_schema(job.contract, job.spec), *_own_fields(job)]
         self._schema = pa.schema(fields)
@@ -249,8 +264,10 @@ class _EpisodeSink:
                 self._cameras[name] = _Video(path, rate, job.video, (size.height, size.width))
         self._length = 0
 
-    def add(self, observation: Observation, action: np.ndarray) -> None:
+    def add(self, observation: Observation, action: np.ndarray, tick: Tick) -> None:
         """Append a tick."""
+        if self._happened != Happened():
+            self._ticks.append(tick)
         history = self._past.add(observation) if self._spec.history > 1 else []
         pictures = [camera.add(observation.images.get(name)) for name, camera in self._cameras.items()]
         self._rows.append((observation, action, history, pictures))
@@ -264,6 +281,8 @@ class _EpisodeSink:
         rows = _mapped(self._file)
         tasks = rows.column("task").unique().to_pylist()
         statistics: Stats = {ACTION: column_statistics(_matrix(rows, "action"))}
+        for column in _happened_columns(self._happened):
+            statistics[column] = column_statistics(_matrix(rows, column))
         if self._spec.state:
             statistics[STATE] = column_statistics(_matrix(rows, "state"))
         sample = sample_indices(self._length)
@@ -306,6 +325,15 @@ class _EpisodeSink:
         if self._spec.state:
             state = np.stack([observation.state for observation in observations])
             columns["state"] = side.fixed_lists(np.where(np.isnan(state), np.float32(0), state))
+        if self._happened.executed:
+            done = [row[1] if tick.executed is None else tick.executed
+                    for row, tick in zip(self._rows, self._ticks, strict=True)]  # fmt: skip
+            columns[EXECUTED] = side.fixed_lists(np.stack(done).astype(np.float32))
+        if self._happened.reward:
+            columns[REWARD] = side.fixed_lists(np.array([[tick.reward] for tick in self._ticks], dtype=np.float32))
+        if self._happened.intervened:
+            marks = np.array([[tick.intervened] for tick in self._ticks], dtype=np.float32)
+            columns[INTERVENED] = side.fixed_lists(marks)
         columns["task"] = pa.array([observation.instruction for observation in observations])
         for place, name in enumerate(self._cameras):
             columns[f"picture.{name}"] = pa.array([row[3][place] for row in self._rows], pa.int32())
@@ -317,6 +345,7 @@ class _EpisodeSink:
             camera.flush()
         self._length += len(self._rows)
         self._rows.clear()
+        self._ticks.clear()
 
     def _path(self, name: str) -> Path:
         return self._folder / f"{self._number:06d}.{name}"
@@ -329,9 +358,20 @@ def _own_fields(job: BagJob) -> list[pa.Field]:
     contract, spec = job.contract, job.spec
     width = len(contract.action_names) * (job.plan_rows or 1)
     fields = [pa.field("action", pa.list_(pa.float32(), width)), pa.field("task", pa.string())]
+    if job.happened.executed:
+        fields.append(pa.field(EXECUTED, pa.list_(pa.float32(), len(contract.action_names))))
+    if job.happened.reward:
+        fields.append(pa.field(REWARD, pa.list_(pa.float32(), 1)))
+    if job.happened.intervened:
+        fields.append(pa.field(INTERVENED, pa.list_(pa.float32(), 1)))
     if spec.state:
         fields.append(pa.field("state", pa.list_(pa.float32(), side.state_size(contract, spec))))
     return fields + [pa.field(f"picture.{name}", pa.int32()) for name in spec.images]
+
+
+def _happened_columns(happened: Happened) -> tuple[str, ...]:
+    wanted = {EXECUTED: happened.executed, REWARD: happened.reward, INTERVENED: happened.intervened}
+    return tuple(name for name, there in wanted.items() if there)
 
 
 class _ArrowFile:
@@ -514,7 +554,7 @@ def episode_rows(shard: Shard, entry: dict[str, Any], job: BagJob) -> EpisodeRow
     assert shard.folder is not None
     stem = shard.folder / f"{entry['number']:06d}"
     rows = _mapped(stem.with_suffix(".rows.arrow"))
-    columns = {ACTION: _matrix(rows, "action")}
+    columns = {ACTION: _matrix(rows, "action"), **{c: _matrix(rows, c) for c in _happened_columns(job.happened)}}
     if job.spec.state:
         columns[STATE] = _matrix(rows, "state")
     images: dict[str, Any] = {}

@@ -11,7 +11,8 @@ class ChunkWindows:
     """Every frame of a dataset with the chunk of H actions from it on; steps past the episode's end are masked.
 
     Where ticks were dropped, the next row is not the next step: a chunk is masked from the hole on. Of a dataset of
-    plans a frame's chunk is the beginning of its own plan, all of it known.
+    plans a frame's chunk is the beginning of its own plan, all of it known. From the first frame on whose action is not
+    to be imitated (``Dataset.shown``) a chunk is masked too.
     """
 
     def __init__(self, dataset: Dataset, horizon: int) -> None:
@@ -36,4 +37,7 @@ class ChunkWindows:
         inside = np.minimum(reach, ends - 1)
         stamps = self.dataset.stamps_ns
         due = stamps[rows][:, None] + ahead * self.dataset.contract.step_ns
-        return self.dataset.action[inside], (reach < ends) & (stamps[inside] == due)
+        mask = (reach < ends) & (stamps[inside] == due)
+        if self.dataset.shown is not None:
+            mask &= np.logical_and.accumulate(self.dataset.shown[inside], axis=1)
+        return self.dataset.action[inside], mask

@@ -93,6 +93,7 @@ def run_episode(
     delay_steps: int = 0,
     watch: Callable[[np.ndarray], None] | None = None,
     faults: Faults | None = None,
+    each_step: Callable[[World], None] | None = None,
 ) -> EpisodeResult:
     """One episode from ``seed`` until success, the world's own end, or ``max_steps`` control steps.
 
@@ -105,6 +106,7 @@ def run_episode(
         start_ns: stamp of the first tick; None takes the seed's own (:func:`start_of`).
         watch: is given a picture for people every :func:`watched_steps`, and a last one.
         faults: what is wrong with the sensors.
+        each_step: is given the world after each control step, such as to note its reward.
 
     Raises:
         Unobserved: without faults the policy was refused at every tick: the world does not have what it needs.
@@ -133,6 +135,8 @@ def run_episode(
             watch(world.render_for_people())
         later = _needs_pictures(world, core, stamp_ns + contract.step_ns, step + 1, sensors is not None)
         world.step(values, pictures=later)
+        if each_step is not None:
+            each_step(world)
         if is_over(world):
             break
     if refused and faults is None and len(refused) == step + 1:

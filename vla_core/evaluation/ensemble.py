@@ -24,6 +24,14 @@ class Ensemble(Policy):
         self.provenance = first.provenance
         self.members = tuple(members)
 
+    def forget(self) -> None:
+        for member in self.members:
+            member.forget()
+
+    def executed(self, at_ns: int, values: np.ndarray) -> None:
+        for member in self.members:
+            member.executed(at_ns, values)
+
     def predict(self, observation: Observation, continues: Continuation | None = None) -> ActionChunk:
         """The mean (H, A) of the members' chunks for one observation."""
         chunks = [member.predict(observation, continues) for member in self.members]

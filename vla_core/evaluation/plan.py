@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vla_core import hub
-from vla_core.checkpoint import FILES, MIXTURE_FILE, Checkpoint, fingerprint
+from vla_core.checkpoint import FILES, MIXTURE_FILE, Checkpoint, PolicyConfig, fingerprint
 from vla_core.config import ConfigError, override
+from vla_core.contract import RobotContract
 from vla_core.errors import VlaError
 from vla_core.evaluation.suites import Assignment
+from vla_core.export.record import is_export, read_record
+from vla_core.planning.place import find_setup
 from vla_core.runtime.execution import Execution
+from vla_core.runtime.loading import is_server, load_policy
 from vla_core.sim.base import View
 from vla_core.sim.faults import Faults
 from vla_core.sim.worlds import find
@@ -40,7 +45,8 @@ class Member:
                 f"{self.path}: not the checkpoint of this evaluation, whose fingerprint is {self.fingerprint}; here it "
                 f"is {found.fingerprint}, and these files differ: {', '.join(changed) or 'none'}"
             )
-        return hub.local_folder(self.path)
+        here = is_server(self.path) or find_setup(self.path) is not None
+        return Path(self.path) if here else hub.local_folder(self.path)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,8 +114,20 @@ class Plan:
 
 
 def member(path: str) -> Member:
-    """The checkpoint at ``path``, a folder or a hub's ``user/name``, with its hashes."""
+    """The checkpoint at ``path``, a folder or a hub's ``user/name``, with its hashes; of a server its fingerprint."""
+    if is_server(path):
+        with closing(load_policy(path)) as policy:
+            return Member(path=path, fingerprint=policy.fingerprint, files={})
+    planner = find_setup(path)
+    if planner is not None:  # whose fingerprint is that of the weights of all its models
+        with closing(load_policy(path)) as policy:
+            digest = hashlib.sha256(planner.read_bytes()).hexdigest()[:12]
+            return Member(path=path, fingerprint=policy.fingerprint, files={planner.name: digest})
     folder = hub.local_folder(path)
+    if is_export(folder):
+        record = read_record(folder)
+        return Member(path=path, fingerprint=record.fingerprint,
+                      files={name: digest[:12] for name, digest in record.files.items()})  # fmt: skip
     absent = [name for name in FILES if not (folder / name).is_file()]
     if absent:
         raise EvaluationError(f"{path}: not a checkpoint: {', '.join(absent)} missing")
@@ -163,9 +181,9 @@ def make_plan(
     runs: list[Run] = []
     notes: list[str] = []
     for policy in wanted:
-        first: Checkpoint | None = None
+        first: _Read | None = None
         for number, paths in enumerate(policy.trainings):
-            loaded = [Checkpoint.from_pretrained(path, dataset=dataset) for path in paths]
+            loaded = [_read(path, dataset) for path in paths]
             _check_alike(paths, loaded)
             Faults.parse(faults, loaded[0].contract)
             if first is not None:
@@ -186,11 +204,42 @@ def make_plan(
     return plan, notes
 
 
+@dataclass(frozen=True)
+class _Read:
+    """What is asked of a policy before it runs; ``head`` tells whether it can be guided."""
+
+    config: PolicyConfig
+    contract: RobotContract
+    head: Any
+
+
+@dataclass(frozen=True)
+class _Remote:
+    """What is known of a model on a server, or of a planner."""
+
+    horizon: int
+    head: Any
+
+
+def _read(path: str, dataset: str | None) -> _Read:
+    if is_server(path) or find_setup(path) is not None:
+        with closing(load_policy(path, dataset=dataset)) as policy:
+            seen = PolicyConfig(model=_Remote(policy.horizon, policy.head), observation=policy.spec,
+                                execution=policy.execution)  # fmt: skip
+            return _Read(seen, policy.contract, policy.head)
+    folder = hub.local_folder(path)
+    if is_export(folder):
+        policy = load_policy(path, dataset=dataset)
+        return _Read(read_record(folder).policy, policy.contract, policy.head)
+    checkpoint = Checkpoint.load(folder, dataset=dataset)
+    return _Read(checkpoint.config, checkpoint.contract, checkpoint.config.model.head)
+
+
 def _chooses(tasks: Sequence[Assignment]) -> bool:
     return any(find(task.world)[0].chooses_camera for task in tasks)
 
 
-def _executions(checkpoint: Checkpoint, label: str, strategies: Sequence[str], changes: Sequence[str],
+def _executions(checkpoint: _Read, label: str, strategies: Sequence[str], changes: Sequence[str],
                 notes: list[str] | None) -> list[Execution]:  # fmt: skip
     """The executions that the checkpoint can follow; those that it cannot are noted, or raise without ``notes``."""
     own, model = checkpoint.config.execution, checkpoint.config.model
@@ -199,7 +248,7 @@ def _executions(checkpoint: Checkpoint, label: str, strategies: Sequence[str], c
     for name in strategies or [own.strategy]:
         execution = own.changed({**values, "strategy": name})
         try:
-            execution.check(model.horizon, model.head)
+            execution.check(model.horizon, checkpoint.head)
             execution.check_contract(checkpoint.contract)
         except ConfigError as error:
             if notes is None:
@@ -210,7 +259,7 @@ def _executions(checkpoint: Checkpoint, label: str, strategies: Sequence[str], c
     return found
 
 
-def _check_alike(paths: Sequence[str], members: Sequence[Checkpoint]) -> None:
+def _check_alike(paths: Sequence[str], members: Sequence[_Read]) -> None:
     """Chunks can be averaged when they speak of the same actions at the same times, from the same observation."""
     first = members[0]
     for path, other in zip(paths[1:], members[1:], strict=True):
@@ -223,7 +272,7 @@ def _check_alike(paths: Sequence[str], members: Sequence[Checkpoint]) -> None:
                 raise EvaluationError(f"no ensemble of {paths[0]} and {path}: their {what} differ: {mine} and {theirs}")
 
 
-def _check_same_recipe(policy: Wanted, first: Checkpoint, other: Checkpoint, path: str) -> None:
+def _check_same_recipe(policy: Wanted, first: _Read, other: _Read, path: str) -> None:
     """Figures of different models must not be averaged as if they were seeds of one."""
     mine, theirs = first.config, other.config
     for what in ("model", "observation", "normalization"):

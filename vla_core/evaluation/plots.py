@@ -70,6 +70,18 @@ def success_bars(rows: list[tuple[str, float, float, float]]) -> bytes:
     return png(figure)
 
 
+def lines(curves: Mapping[str, Sequence[tuple[float, float]]], x: str, y: str) -> bytes:
+    """Curves of shares by their names; ``x`` and ``y`` are the axes' labels."""
+    figure, axis = plt.subplots(figsize=(6, 3))
+    for name, points in curves.items():
+        axis.plot([point[0] for point in points], [point[1] for point in points], lw=1, label=name)
+    axis.set_ylim(0, 1)
+    axis.set_xlabel(x)
+    axis.set_ylabel(y)
+    axis.legend(fontsize=8)
+    return png(figure)
+
+
 def training_curve(history: list[tuple[int, float, float | None]]) -> bytes:
     """Training and held-out loss over steps."""
     figure, axis = plt.subplots(figsize=(5, 3))

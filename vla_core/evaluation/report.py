@@ -162,7 +162,7 @@ def _page(result: DemoResult, numbers: dict[str, Any]) -> str:
             _runs(result), strict=True,
         )
     ])  # fmt: skip
-    video = _picture(result.video.read_bytes(), "gif", "live episodes") if result.video.is_file() else ""
+    video = picture(result.video.read_bytes(), "gif", "live episodes") if result.video.is_file() else ""
     tiles = "".join(
         f"<div class=tile><b>{value}</b><span>{html.escape(label)}</span></div>"
         for label, value in (
@@ -209,10 +209,10 @@ contract {html.escape(result.contract.name)}; scores are from lockstep runs of a
 latencies from {numbers["realtime_episodes"]} episodes in realtime.</p>
 <div class=tiles>{tiles}</div>
 <h2>Live episodes</h2><div class=video>{video}</div>
-<h2>Success</h2>{_picture(bars, "png", "success rates")}<p>{sight}</p>
-<h2>Training</h2>{_picture(plots.training_curve(result.history), "png", "loss")}
+<h2>Success</h2>{picture(bars, "png", "success rates")}<p>{sight}</p>
+<h2>Training</h2>{picture(plots.training_curve(result.history), "png", "loss")}
 <h2>Latency in realtime</h2>{
-        _picture(
+        picture(
             plots.latency_histograms(
                 {
                     "inference": result.realtime.latencies["inference_ms"],
@@ -227,12 +227,13 @@ latencies from {numbers["realtime_episodes"]} episodes in realtime.</p>
 episodes; the policy sent {result.realtime.counts["commands"]} commands and
 {result.realtime.counts["safe_commands"]} safe ones, between episodes and where no chunk was valid.</p>
 <h2>Replay of a held-out bag</h2>
-{_picture(plots.replay_traces(result.replay), "png", "predicted and recorded actions")}
-{_picture(plots.replay_errors(result.replay), "png", "error over the horizon")}
+{picture(plots.replay_traces(result.replay), "png", "predicted and recorded actions")}
+{picture(plots.replay_errors(result.replay), "png", "error over the horizon")}
 <table><tr><th>action<th>mean absolute error<th>unit{per_action}</table>
 <h2>Facts</h2><table>{facts}</table></html>
 """
 
 
-def _picture(data: bytes, kind: str, label: str) -> str:
+def picture(data: bytes, kind: str, label: str) -> str:
+    """An image inside a page."""
     return f'<img alt="{html.escape(label)}" src="data:image/{kind};base64,{base64.b64encode(data).decode()}">'

@@ -167,6 +167,14 @@ class Normalizer:
         shift, scale = self._scaling(name, values)
         return values.astype(np.float64) * scale + shift
 
+    def affine(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """What is subtracted of ``name`` and divided by, each (1,), (D,) or of plans (H, A) float64."""
+        return self._affine[name]
+
+    def limit(self, name: str) -> np.ndarray | None:
+        """What normalized values of ``name`` are clipped to, (1,) or (D,); None where they are not."""
+        return self._limits.get(name)
+
     @property
     def plan_rows(self) -> int | None:
         """H where actions are normalized as plans, row by row; None where every row of a chunk is alike."""

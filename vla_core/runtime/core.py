@@ -67,6 +67,7 @@ class PolicyCore:
     def start_episode(self, stamp_ns: int) -> None:
         """Forget the past: what was seen before ``stamp_ns`` and what was planned from it."""
         self.buffer.start_episode(stamp_ns)
+        self.policy.forget()
         self._replan(stamp_ns)
 
     def drop_plan(self, seen_ns: int = -1) -> None:
@@ -77,6 +78,7 @@ class PolicyCore:
     def forget(self) -> None:
         """The clock jumped: forget what was seen and planned, and what is being computed from it."""
         self.buffer.clear()
+        self.policy.forget()
         self.drop_plan()
 
     def _replan(self, from_ns: int) -> None:
@@ -117,7 +119,9 @@ class PolicyCore:
         if found is None:
             return None
         values, chunk = found
-        return Command(at_ns, np.clip(values, self._low, self._high), chunk)
+        values = np.clip(values, self._low, self._high)
+        self.policy.executed(at_ns, values)
+        return Command(at_ns, values, chunk)
 
     def step(self, at_ns: int) -> Command:
         """Observe, predict when due, and act: the synchronous loop of lockstep and evaluation."""
@@ -136,3 +140,4 @@ class PolicyCore:
             rows = len(chunk.actions)
             for _ in range(3):
                 self.policy.predict(blank, Continuation(chunk.actions, np.ones(rows), 1, 1.0))
+        self.policy.forget()

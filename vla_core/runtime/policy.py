@@ -14,7 +14,8 @@ from vla_core import hub
 from vla_core.checkpoint import Checkpoint, fingerprint
 from vla_core.contract import RobotContract
 from vla_core.errors import VlaError
-from vla_core.model.action_head.guidance import ChunkPrefix
+from vla_core.model.action_head.draws import EachRow
+from vla_core.model.action_head.guidance import ChunkPrefix, ChunkPrefixes
 from vla_core.model.inputs import ModelInputs, Remembers
 from vla_core.observation.batch import collate
 from vla_core.observation.builder import Observation, ObservationSpec
@@ -31,8 +32,9 @@ class Policy:
 
     ``contract`` is the robot it is for, ``spec`` what it sees of it. ``execution`` says how its chunks are executed,
     ``horizon`` how many rows they have, and ``head`` what made them (whether they can be guided). ``model`` is the
-    configuration with the sensors' mounts, where it is known. ``source`` is where it came from and ``fingerprint``
-    what names it in diagnostics; ``provenance`` is what else was written down when it was trained.
+    configuration with the sensors' mounts, where it is known; it ``remembers`` all of past ticks or their state alone.
+    ``source`` is where it came from and ``fingerprint`` what names it in diagnostics; ``provenance`` is what else was
+    written down when it was trained.
     """
 
     contract: RobotContract
@@ -41,6 +43,7 @@ class Policy:
     horizon: int
     head: Any
     model: Any = None
+    remembers: Remembers = "everything"
     source: str = ""
     fingerprint: str = ""
     provenance: Mapping[str, str] = MappingProxyType({})
@@ -52,9 +55,34 @@ class Policy:
         """
         raise NotImplementedError
 
+    def predict_batch(
+        self, observations: Sequence[Observation], continues: Sequence[Continuation | None]
+    ) -> list[ActionChunk]:  # fmt: skip
+        """The chunks that :meth:`predict` gives of each by itself, computed together where that is possible."""
+        return [self.predict(*pair) for pair in zip(observations, continues, strict=True)]
+
     def inputs(self, observations: Sequence[Observation]) -> ModelInputs | None:
         """The batch that the model sees of ``observations``; None where it is made elsewhere."""
         return None
+
+    def forget(self) -> None:
+        """Another episode begins: what was remembered of the last one is no longer so."""
+
+    def executed(self, at_ns: int, values: np.ndarray) -> None:
+        """What was commanded at ``at_ns``: (A,) in the contract's units. For policies that reckon with it."""
+
+    def report(self) -> dict[str, float | int | str | None]:
+        """Figures for diagnostics."""
+        return {}
+
+    def imagined(self) -> np.ndarray | None:
+        """What is expected to be seen, (H, W, 3) uint8 RGB for people; None for policies that imagine nothing."""
+        return None
+
+    @property
+    def fault(self) -> str:
+        """What keeps it from answering at all, named; empty when nothing does."""
+        return ""
 
     def close(self) -> None:
         """Give back what is held beside memory: a connection, a session."""
@@ -75,6 +103,7 @@ class CheckpointPolicy(Policy):
         self.contract = checkpoint.contract
         self.spec, self.execution = config.observation, config.execution
         self.model, self.horizon, self.head = config.model, config.model.horizon, config.model.head
+        self.remembers = getattr(checkpoint.model, "remembers", "everything")
         self.provenance = config.provenance
         self.seed = seed
 
@@ -90,11 +119,34 @@ class CheckpointPolicy(Policy):
 
     @torch.no_grad()  # not inference_mode, whose tensors guidance could not differentiate through
     def predict(self, observation: Observation, continues: Continuation | None = None) -> ActionChunk:
+        generator = self._generator(observation)
+        (normalized,) = self._run([observation], generator, self._prefix(continues))
+        return self._chunk(observation, normalized, continues)
+
+    @torch.no_grad()
+    def predict_batch(
+        self, observations: Sequence[Observation], continues: Sequence[Continuation | None]
+    ) -> list[ActionChunk]:  # fmt: skip
+        """One call of the model; each observation draws its own noise, as :meth:`predict` does."""
+        prefixes = tuple(map(self._prefix, continues))
+        generator = EachRow([self._generator(observation) for observation in observations])
+        rows = self._run(observations, generator, ChunkPrefixes(prefixes) if any(prefixes) else None)
+        return [self._chunk(*parts) for parts in zip(observations, rows, continues, strict=True)]
+
+    def _run(
+        self, observations: Sequence[Observation], generator: torch.Generator,
+        prefix: ChunkPrefix | ChunkPrefixes | None,
+    ) -> np.ndarray:  # fmt: skip
+        """Normalized actions (B, H, A)."""
         model = self.checkpoint.model
-        remembers: Remembers = getattr(model, "remembers", "everything")
-        inputs = self.inputs([observation], remembers)
-        generator = torch.Generator().manual_seed(_noise_seed(self.seed, observation.stamp_ns))
-        normalized = model.predict(inputs, generator, self._prefix(continues))[0].numpy()  # (H, A)
+        inputs = self.inputs(observations, self.remembers)
+        actions: np.ndarray = model.predict(inputs, generator, prefix).numpy()
+        return actions
+
+    def _generator(self, observation: Observation) -> torch.Generator:
+        return torch.Generator().manual_seed(noise_seed(self.seed, observation.stamp_ns))
+
+    def _chunk(self, observation: Observation, normalized: np.ndarray, continues: Continuation | None) -> ActionChunk:
         actions = self.checkpoint.normalizer.unnormalize("action", normalized)
         if not torch.isfinite(torch.from_numpy(actions)).all():
             raise PolicyError(f"the policy predicted a non-finite action at stamp {observation.stamp_ns}")
@@ -117,6 +169,6 @@ class CheckpointPolicy(Policy):
         )
 
 
-def _noise_seed(seed: int, stamp_ns: int) -> int:
+def noise_seed(seed: int, stamp_ns: int) -> int:
     """32 bits from both: torch's generator on the CPU ignores all higher ones."""
     return int(np.random.SeedSequence([seed, stamp_ns]).generate_state(1)[0])

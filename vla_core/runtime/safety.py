@@ -32,6 +32,7 @@ EARLY = 0.25  # periods; what comes sooner after the last command has no place o
 LATE = 1.75  # periods; what comes later may move for two
 SEVERITY = ("clamp", "hold", "stop", "latch")
 WITH_REACTION = ("workspace", "not_finite", "command_age", "heartbeat", "sensor", "clock")
+ALIKE = {"undecodable": "not_finite", "policy": "heartbeat"}  # causes that have the reaction of another
 
 Frame = dict[str, bytes]  # topic to serialized command
 
@@ -52,6 +53,7 @@ class SafetyStage:
     """See the module. ``simulated`` means that ``now_ns`` is simulated time.
 
     ``sensors`` are the observations to pass to :meth:`sensor`; of those in ``measured`` it needs the message itself.
+    ``policy_fault`` is why the policy says that it cannot act, empty while it can; it is reacted to as to its silence.
     """
 
     def __init__(self, contract: RobotContract, simulated: bool = False) -> None:
@@ -87,6 +89,7 @@ class SafetyStage:
         self._positions: dict[str, tuple[dict[str, float], int]] = {}  # newest of the measured streams, and its stamp
         self._now_ns: int | None = None
         self._steady_ns = 0
+        self.policy_fault = ""
         self._clock_fault = ""
         self._latched = ""
         self._stop_sent = False  # whether the safe action was sent since the last fault
@@ -249,6 +252,8 @@ class SafetyStage:
         found: dict[str, tuple[str, str]] = {}
         if self._clock_fault:
             found["clock"] = ("clock", self._clock_fault)
+        if self.policy_fault:
+            found["policy"] = ("policy", self.policy_fault)
         for name, watch in self._watches.items():
             if watch.fault:
                 found[name] = ("sensor", f"{name} ({self.contract.observations[name].topic}) {watch.fault}")
@@ -260,7 +265,7 @@ class SafetyStage:
         return found
 
     def _reaction(self, cause: str) -> str:
-        cause = "not_finite" if cause == "undecodable" else cause
+        cause = ALIKE.get(cause, cause)
         key = cause if cause in WITH_REACTION else "limits"
         reaction: str = getattr(self.contract.safety.reactions, key)
         return reaction

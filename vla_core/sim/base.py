@@ -111,6 +111,16 @@ class HasExpert(Protocol):
 
 
 @runtime_checkable
+class HasReward(Protocol):
+    """A world that says after each step how good it was: what reinforcement learning shapes its rewards by.
+
+    ``reward``  of the newest step, 1 where the task is done; 0 before the first step of an episode
+    """
+
+    reward: float
+
+
+@runtime_checkable
 class Journey(Protocol):
     """A world on the way: what it says changes, it may end early, and there is more to tell than success.
 

@@ -15,19 +15,20 @@ from vla_core.config import ConfigError
 from vla_core.contract import NANOSECONDS, Action, RobotContract
 from vla_core.data.bag import CONTRACT_KEY, BagWriter
 from vla_core.data.episodes import EPISODE_STATES, EPISODE_TOPIC, EPISODE_TYPE
+from vla_core.data.happened import EXECUTED_PREFIX, REWARD_TOPIC, REWARD_TYPE
 from vla_core.data.recording import DROPPED_KEY
 from vla_core.observation import messages
 from vla_core.observation.builder import Unobserved
 from vla_core.observation.messages import Message
 from vla_core.sim.actuation import Follower
-from vla_core.sim.base import HasExpert, Journey, SimulationError, View, World, instruction_now, is_over
+from vla_core.sim.base import HasExpert, HasReward, Journey, SimulationError, View, World, instruction_now, is_over
 from vla_core.sim.instructions import Split, instructions
 from vla_core.sim.metaworld import LONGEST_EPISODE
 from vla_core.sim.noise import Disturbance, Noise
 from vla_core.sim.worlds import SIM_REGISTRY, find, make_world, task_of
 
 START_NS = NANOSECONDS  # simulated time starts after zero, which ROS reads as "no time yet"
-EXECUTED = "executed/"
+EXECUTED = EXECUTED_PREFIX
 STRING = "std_msgs/msg/String"
 STATES = {name: state for state, name in EPISODE_STATES.items()}
 
@@ -56,7 +57,7 @@ class Collection:
 
     ``tasks`` name worlds, such as ``push-v3`` or ``driving:mixed``. The sentences ``instructions`` of a task take turns
     over its episodes, unless ``instruction`` says something else, or the world says them itself. ``camera``,
-    ``camera_size`` and ``max_steps``: None takes the world's own.
+    ``camera_size`` and ``max_steps``: None takes the world's own. ``rewards`` records the world's reward of each step.
     """
 
     tasks: tuple[str, ...] = ("push-v3",)
@@ -70,6 +71,7 @@ class Collection:
     max_steps: int | None = None
     noise: Noise | None = None
     driver: Driver | None = None
+    rewards: bool = False
 
     def __post_init__(self) -> None:
         for name, least in (("episodes", 1), ("seed", 0), ("camera_size", 16), ("max_steps", 1)):
@@ -109,6 +111,10 @@ def expert_world(task: str, collection: Collection, contract: RobotContract) -> 
         world.close()
         raise SimulationError(f"{task}: nobody in this world knows what is right; demonstrations need one with an "
                               "expert, such as push-v3 or driving:mixed")  # fmt: skip
+    if collection.rewards and not isinstance(world, HasReward):
+        world.close()
+        raise SimulationError(f"{task}: this world knows no reward; collect without, and train the world model with "
+                              "rewards from outcomes or from a success classifier")  # fmt: skip
     return world
 
 
@@ -209,6 +215,9 @@ class Demonstrator:
             if self._records_executed:
                 self._write(writer, EXECUTED + self._obeyed.topic, stamp_ns, values)
             world.step(values)
+            if options.rewards:
+                assert isinstance(world, HasReward), "it was checked when it was made"
+                writer.write(REWARD_TOPIC, stamp_ns, messages.serialize(REWARD_TYPE, _float64(world.reward)))
             step += 1
         state = "succeeded" if world.success else "failed"
         writer.write(EPISODE_TOPIC, stamp_ns, _mark(state, stamp_ns, steps=step, **mark))
@@ -252,6 +261,8 @@ class Demonstrator:
             writer.add_topic(self._obeyed.topic, self._obeyed.type)
         if self._records_executed:
             writer.add_topic(EXECUTED + self._obeyed.topic, self._obeyed.type)
+        if self._collection.rewards:
+            writer.add_topic(REWARD_TOPIC, REWARD_TYPE)
         writer.add_topic(EPISODE_TOPIC, EPISODE_TYPE, True)
 
 
@@ -325,6 +336,10 @@ def _load_core(driver: Driver, contract: RobotContract) -> Any:
     policy = load_policy(driver.checkpoint)
     policy.contract.check_same(contract, str(driver.checkpoint), "the robot")
     return PolicyCore(policy)
+
+
+def _float64(value: float) -> Any:
+    return messages.typestore().types[REWARD_TYPE](data=float(value))
 
 
 def _mark(state: str, stamp_ns: int, **fields: Any) -> bytes:

@@ -25,6 +25,7 @@ FRAME = "base"
 VIDEO_SIZE = 320
 STATE_SIZE = 39
 HAND_SIZE = 4
+FULL_REWARD = 10.0  # what Meta-World gives for a step in which the task is done
 LONGEST_EPISODE = 500  # steps, after which Meta-World wants a reset
 
 # Meta-World defines these upside down.
@@ -113,7 +114,7 @@ class MetaWorld:
         camera_hz = next((contract.observations[name].rate_hz for name in self._views), contract.rate_hz)
         self.steps_per_frame = max(1, round(contract.rate_hz / (camera_hz or contract.rate_hz)))
         self._state = np.zeros(STATE_SIZE)
-        self.success = False
+        self.success, self.reward = False, 0.0
         self._check_vectors()
 
     def reset(self, seed: int) -> None:
@@ -121,7 +122,7 @@ class MetaWorld:
         self._env.seed(seed)
         self._expert = self._new_expert()
         self._state, _ = self._env.reset()
-        self.success = False
+        self.success, self.reward = False, 0.0
 
     def expert(self) -> np.ndarray:
         """The scripted expert's command (4,), in the contract's units and limits."""
@@ -146,7 +147,8 @@ class MetaWorld:
     def step(self, command: np.ndarray, pictures: bool = True) -> None:
         """Obey a command (4,) for one control step; pictures are rendered when they are asked for anyway."""
         action = np.clip(np.asarray(command, dtype=np.float64) / _scale(), -1.0, 1.0)
-        self._state, _, _, _, details = self._env.step(action.astype(np.float32))
+        self._state, reward, _, _, details = self._env.step(action.astype(np.float32))
+        self.reward = float(reward) / FULL_REWARD
         self.success = self.success or bool(details["success"])
 
     def render(self, camera: str | None = None) -> np.ndarray:

@@ -11,7 +11,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from vla_core.checkpoint import check_replaceable
+from vla_core.checkpoint import Checkpoint, check_replaceable
 from vla_core.contract import RobotContract
 from vla_core.data.dataset import load
 from vla_core.errors import VlaError
@@ -57,12 +57,14 @@ def run(parsed: argparse.Namespace) -> int:
             folder.clear()
     logs = parsed.logs or folder.path / "tensorboard"
     provenance = {"recipe": parsed.recipe, "dataset": " ".join(map(str, places)), "camera": recipe.camera}
+    start = None if parsed.start is None else Checkpoint.from_pretrained(parsed.start)
     shown: Any = bar("train", recipe.training.steps) if is_main() else nullcontext(lambda done, note="": None)
     try:
         with shown as advance:
             result = train(
                 recipe, datasets, held_out or None, logs, lambda p: advance(p.step, _note(p)), provenance,
-                folder=folder.path, resume=parsed.resume, say=print if is_main() else lambda line: None,
+                folder=folder.path, resume=parsed.resume, start=start,
+                say=print if is_main() else lambda line: None,
             )  # fmt: skip
     except Interrupted as stopped:
         if is_main():
@@ -111,7 +113,8 @@ def _again(parsed: argparse.Namespace) -> str:
     for option in ("dataset", "validation"):
         for value in getattr(parsed, option) or ():
             words += [f"--{option}", str(value)]
-    for option in ("contract", "out", "logs"):
-        if getattr(parsed, option):
-            words += [f"--{option}", str(getattr(parsed, option))]
+    for option, value in (("contract", parsed.contract), ("from", parsed.start), ("out", parsed.out),
+                          ("logs", parsed.logs)):  # fmt: skip
+        if value:
+            words += [f"--{option}", str(value)]
     return shlex.join([*words, "--resume"])

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from vla_core.checkpoint import Checkpoint
 from vla_core.contract import ContractError, RobotContract
 from vla_core.data.batches import Batches
 from vla_core.data.dataset import Dataset
 from vla_core.data.mixture import Mixture
-from vla_core.data.options import keep, split
+from vla_core.data.options import keep, split, weighted
 from vla_core.errors import choices
 from vla_core.model.vla import MODEL_REGISTRY
 from vla_core.model.vla.sizes import check_sees, columns
@@ -56,8 +57,17 @@ class Sources:
         ]
 
 
-def build_sources(recipe: Recipe, datasets: Sequence[Dataset], validation: Sequence[Dataset | None]) -> Sources:
-    """Filter, split, normalize and mix; ``validation`` has a held-out dataset, or none, for each of ``datasets``."""
+def build_sources(
+    recipe: Recipe,
+    datasets: Sequence[Dataset],
+    validation: Sequence[Dataset | None],
+    start: Checkpoint | None = None,
+) -> Sources:
+    """Filter, split, normalize and mix; ``validation`` has a held-out dataset, or none, for each of ``datasets``.
+
+    What goes on from the weights of ``start`` sees numbers and words as it did: all datasets are normalized by its
+    statistics, and its tokenizer reads their instructions.
+    """
     kind = MODEL_REGISTRY[recipe.model.type]
     check_sees(recipe.model.type, kind.sees, recipe.observation)
     check_modes(recipe.normalization, recipe.model.head)
@@ -74,10 +84,15 @@ def build_sources(recipe: Recipe, datasets: Sequence[Dataset], validation: Seque
         kept, said = keep(data, recipe.data.filter)
         notes += said
         mine, rest = (kept, other) if other is not None else split(kept, recipe.data.validation)
-        trained.append(mine)
+        trained.append(weighted(mine, recipe.data.intervention_weight))
         held_out.append(rest)
-    tokenizer = kind.tokenizer(recipe.model, list(dict.fromkeys(text for data in trained for text in data.tasks)))
-    normalizers = [_normalizer(recipe, data) for data in trained]
+    if start is not None:
+        _check_start(recipe, start, datasets[0])
+        tokenizer: Tokenizer = start.tokenizer
+        normalizers = [start.normalizer] * len(trained)
+    else:
+        tokenizer = kind.tokenizer(recipe.model, list(dict.fromkeys(text for data in trained for text in data.tasks)))
+        normalizers = [_normalizer(recipe, data) for data in trained]
     notes += [f"{d.name}: {line}" for d, n in zip(trained, normalizers, strict=True) for line in n.warnings()]
     shape = partial(Batches, horizon=recipe.model.horizon, tokenizer=tokenizer, remembers=kind.remembers)
     parts = [shape(d, normalizer=n) for d, n in zip(trained, normalizers, strict=True)]
@@ -97,6 +112,15 @@ def _mixed(parts: Sequence[Batches], weights: Sequence[float] | None) -> Batches
 def _normalizer(recipe: Recipe, data: Dataset) -> Normalizer:
     return Normalizer(recipe.normalization, data.statistics(), columns(data.spec, data.contract),
                       entry_names(data.spec, data.contract))  # fmt: skip
+
+
+def _check_start(recipe: Recipe, start: Checkpoint, first: Dataset) -> None:
+    mine = {"observation": recipe.observation, "normalization": recipe.normalization}
+    for name, wanted in mine.items():
+        if getattr(start.config, name) != wanted:
+            raise TrainingError(f"the checkpoint to start from has another {name} than the recipe: "
+                                f"{getattr(start.config, name)} against {wanted}")  # fmt: skip
+    start.contract.check_same(first.contract, "the checkpoint to start from", f"the dataset {first.name}")
 
 
 def _check(recipe: Recipe, data: Dataset, first: Dataset, validation: Dataset | None) -> None:

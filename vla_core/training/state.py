@@ -93,10 +93,10 @@ class Saved:
 
 
 class RunFolder:
-    """Writes and finds what a run keeps; ``keep`` of its states."""
+    """Writes and finds what a run keeps; ``keep`` of its states, whose checkpoints have these ``files``."""
 
-    def __init__(self, path: Path, keep: int = 2) -> None:
-        self.path, self.keep = path, keep
+    def __init__(self, path: Path, keep: int = 2, files: Sequence[str] = FILES) -> None:
+        self.path, self.keep, self.files = path, keep, files
 
     def states(self) -> list[Path]:
         """Folders of states, the oldest first."""
@@ -119,7 +119,7 @@ class RunFolder:
         faults = []
         for path in reversed(self.states()):
             try:
-                return Saved(path, _read(path))
+                return Saved(path, _read(path, self.files))
             except (OSError, ValueError) as error:  # a damaged disk: what we write has its name only when whole
                 faults.append(f"{path.name}: {error}")
         if faults:
@@ -206,7 +206,7 @@ def _flat(tree: Any, path: str = "") -> dict[str, Any]:
     return {k: v for key, value in tree.items() for k, v in _flat(value, f"{path}.{key}" if path else key).items()}
 
 
-def _read(path: Path) -> RunState:
+def _read(path: Path, files: Sequence[str]) -> RunState:
     data = json.loads((path / "training" / "state.json").read_text(encoding="utf-8"))
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         found = data.get("format") if isinstance(data, dict) else type(data).__name__
@@ -215,7 +215,7 @@ def _read(path: Path) -> RunState:
         state = from_dict(RunState, data)
     except ConfigError as error:
         raise StateError(f"state.json: {error}") from None
-    absent = [name for name in FILES if not (path / name).is_file()]
+    absent = [name for name in files if not (path / name).is_file()]
     if absent:
         raise StateError(f"{choices(absent)} missing")
     for name, size in state.files.items():

@@ -96,6 +96,7 @@ def train(
     *,
     folder: Path | None = None,
     resume: bool = False,
+    start: Checkpoint | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Result:
     """Train ``recipe`` on ``dataset``; TensorBoard event files go to ``log_dir``.
@@ -107,13 +108,14 @@ def train(
         validation: what is held out of each; where there is none, what ``recipe.data.validation`` says.
         folder: of the run's states (:mod:`vla_core.training.state`); None stores none.
         resume: go on from the newest state in ``folder``, where there is one.
+        start: a policy of the same recipe, whose weights, tokenizer and statistics are begun with.
         say: called with what the user should know, such as what filters left out.
     """
     processes = Processes(recipe.training.device, recipe.training.distributed)
     try:
         datasets = [dataset] if isinstance(dataset, Dataset) else list(dataset)
         held_out = list(validation) if isinstance(validation, Sequence) else [validation] + [None] * (len(datasets) - 1)
-        run = _Run(recipe, datasets, held_out, processes, folder, resume, provenance or {})
+        run = _Run(recipe, datasets, held_out, processes, folder, resume, provenance or {}, start)
         for line in run.sources.notes:
             say(line)
         if resume:
@@ -128,11 +130,11 @@ class _Run:
 
     def __init__(
         self, recipe: Recipe, datasets: Sequence[Dataset], held_out: Sequence[Dataset | None], processes: Processes,
-        folder: Path | None, resume: bool, provenance: dict[str, str],
+        folder: Path | None, resume: bool, provenance: dict[str, str], start: Checkpoint | None,
     ) -> None:  # fmt: skip
         options = self.options = recipe.training
         self.recipe, self.processes = recipe, processes
-        self.sources = build_sources(recipe, datasets, held_out)
+        self.sources = build_sources(recipe, datasets, held_out, start)
         if options.evaluate is not None:
             check_world(options.evaluate)
         self.folder = None if folder is None else RunFolder(folder, options.keep)
@@ -143,6 +145,8 @@ class _Run:
             build_model(recipe.model_config(self.sources.contract, tokenizer.vocab_size)).train()
             if saved is None else saved.checkpoint().model.train()
         )  # fmt: skip
+        if saved is None and start is not None:
+            _begin_with(self.model, start)
         if options.gradient_checkpointing:
             self._recompute()
         self.config = PolicyConfig(model=self.model.config, observation=recipe.observation,
@@ -311,7 +315,7 @@ class _Run:
     def _measure(self, step: int) -> dict[str, float]:
         """Figures of the weights that a checkpoint would have now; the best ones are kept."""
         options, processes, held_out = self.options, self.processes, self.sources.held_out
-        figures = {"memory/peak_mb": peak_mb(processes.device)}
+        figures = {"memory/peak_mb": peak_mb(processes.device)} | self.model.figures()
         self.model.forget()  # gathering shards changes weights without torch's counting it
         with self._handed_out():
             if held_out is not None and self._validates(step):
@@ -453,3 +457,16 @@ def _stream(loader: Loader) -> Iterator[Iterator[Batch]]:
         yield batches
     finally:
         batches.close()
+
+
+def _begin_with(model: torch.nn.Module, start: Checkpoint) -> None:
+    """Give ``model`` the weights of ``start``, which must be those of the same model."""
+    found, expected = start.model.state_dict(), model.state_dict()
+    differ = sorted(
+        name for name in found.keys() | expected.keys()
+        if name not in found or name not in expected or found[name].shape != expected[name].shape
+    )  # fmt: skip
+    if differ:
+        raise TrainingError(f"the checkpoint to start from is of another model than the recipe's: {len(differ)} "
+                            f"tensors differ, such as {', '.join(differ[:3])}")  # fmt: skip
+    model.load_state_dict(found)

@@ -1,4 +1,4 @@
-"""``vla import``: its arguments and what it prints."""
+"""``vla import nuscenes`` and ``vla import kitti``: their arguments and what they print."""
 
 from __future__ import annotations
 
@@ -8,29 +8,30 @@ from pathlib import Path
 KINDS = ("nuscenes", "kitti")
 
 
-def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add ``import`` to a parser."""
-    parser = commands.add_parser("import", help="recorded drives, nuScenes or KITTI, to bags")
-    parser.add_argument("kind", choices=KINDS, help="the layout of the recording")
-    parser.add_argument("root", type=Path, help="its folder, as it is downloaded")
-    parser.add_argument("--out", type=Path, required=True, help="folder for a bag per drive; what is there is kept")
-    parser.add_argument("--contract", help="a name in config/robots, or a file; default: the one named like the layout")
-    parser.add_argument("--version", help="of nuScenes: v1.0-mini, v1.0-trainval, …; default: the one that is there")
-    parser.add_argument("--keyframes", action="store_true", help="of nuScenes: leave the sweeps out")
-    parser.set_defaults(run=_import)
+def add_kinds(kinds: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the layouts of recorded drives to ``vla import``."""
+    for kind in KINDS:
+        parser = kinds.add_parser(kind, help=f"recorded drives of {kind} to bags")
+        parser.add_argument("root", type=Path, help="its folder, as it is downloaded")
+        parser.add_argument("--out", type=Path, required=True, help="folder for a bag per drive; what is there is kept")
+        parser.add_argument(
+            "--contract", help="a name in config/robots, or a file; default: the one named like the layout"
+        )
+        if kind == "nuscenes":
+            parser.add_argument("--version", help="v1.0-mini, v1.0-trainval, …; default: the one that is there")
+            parser.add_argument("--keyframes", action="store_true", help="leave the sweeps out")
+        parser.set_defaults(run=_import, kind=kind)
 
 
 def _import(parsed: argparse.Namespace) -> int:
     from vla_core.contract import RobotContract
-    from vla_core.data.drives.drive import DriveError, write_bags
+    from vla_core.data.drives.drive import write_bags
     from vla_core.data.drives.kitti import find_drives
     from vla_core.data.drives.nuscenes import NuScenes
     from vla_core.progress import bar
 
     if parsed.kind == "nuscenes":
         drives = NuScenes(parsed.root, parsed.version, sweeps=not parsed.keyframes).drives()
-    elif parsed.version is not None or parsed.keyframes:
-        raise DriveError(f"--version, --keyframes: belong to nuscenes, not to {parsed.kind}")
     else:
         drives = find_drives(parsed.root)
     contract = RobotContract.load(parsed.contract or parsed.kind)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from vla_core.config import ConfigError
 from vla_core.errors import VlaError, choices
 from vla_core.model import tokens
+from vla_core.model.action_head.draws import normal
 from vla_core.model.action_head.guidance import ChunkPrefix
 from vla_core.model.tokens import Tokens
 
@@ -137,7 +138,7 @@ def normal_like(x: Tensor, generator: torch.Generator | None) -> Tensor:
     """Return standard normal noise of the shape, type and device of ``x`` (B, ...)."""
     return draw_rows(
         len(x), generator,
-        lambda rows: torch.randn(rows, *x.shape[1:], generator=generator, dtype=x.dtype, device=x.device),
+        lambda rows: normal((rows, *x.shape[1:]), generator, x.dtype, x.device),
     )  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from vla_core.config import ConfigError
 from vla_core.model import tokens
 from vla_core.model.action_head.base import ActionHeadBase, mlp, uniform, widened
 from vla_core.model.action_head.decoder import ChunkDecoder, ContextMemory
+from vla_core.model.action_head.draws import normal
 from vla_core.model.checks import at_least_one, divides
 from vla_core.model.tokens import Tokens
 
@@ -158,7 +159,7 @@ class DenoisingActionHead(ActionHeadBase):
         """What a sampling starts from: (B, H, A), float32 whatever the type of the weights."""
         dtype = torch.promote_types(context.values.dtype, torch.float32)
         shape = (len(context.mask), self.horizon, self.action_dim)
-        return torch.randn(shape, generator=generator, dtype=dtype, device=context.mask.device)
+        return normal(shape, generator, dtype, context.mask.device)
 
     def _without(self, context: Tokens, drop: Tensor) -> Tokens:
         """The context with the learned token in the place of all others in the rows of ``drop`` (B,)."""

@@ -112,7 +112,7 @@ class DiffusionActionHead(DenoisingActionHead):
         output = self.sampler(context)
         x = self.noise(context, generator)
         for t, previous in zip(times, [*times[1:], -1], strict=True):
-            signal, noise = self.schedule.signal_and_noise(t)
+            signal, noise = (1.0, 0.0) if prefix is None else self.schedule.signal_and_noise(t)
             x0 = guide(partial(self._clean_estimate, t=t, output=output), x, signal, noise, prefix)
             if self.config.clip_sample is not None:  # after the guidance, which a clipped entry would not feel
                 x0 = x0.clamp(-self.config.clip_sample, self.config.clip_sample)

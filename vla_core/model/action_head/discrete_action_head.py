@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vla_core.config import ConfigError
 from vla_core.model.action_head.base import ActionHeadBase, mlp, register_action_head, widened
+from vla_core.model.action_head.draws import category
 from vla_core.model.action_head.guidance import ChunkPrefix
 from vla_core.model.checks import at_least_one
 from vla_core.model.tokens import Tokens
@@ -44,8 +45,7 @@ def pick(logits: Tensor, answer: str, generator: torch.Generator | None) -> Tens
     """Of ``logits`` (..., bins) the likeliest bin, or with ``answer`` "sample" one by its probability."""
     if answer == "likeliest":
         return logits.argmax(dim=-1)
-    drawn = torch.multinomial(logits.softmax(dim=-1).flatten(0, -2), 1, generator=generator)
-    return drawn.view(logits.shape[:-1])
+    return category(logits.softmax(dim=-1).flatten(0, -2), generator).view(logits.shape[:-1])
 
 
 def check_bins(bins: int) -> None:

@@ -32,6 +32,16 @@ class ChunkPrefix:
     spread: float = 1.0
 
 
+@dataclass(frozen=True)
+class ChunkPrefixes:
+    """What each row of a batch must continue; None where it continues nothing.
+
+    It stands wherever a prefix for all rows does.
+    """
+
+    rows: tuple[ChunkPrefix | None, ...]
+
+
 def guidance_scale(signal: float, noise: float, max_guidance: float, spread: float = 1.0) -> float:
     """How far the clean estimate moves along the vector-Jacobian product.
 
@@ -49,7 +59,11 @@ def guidance_scale(signal: float, noise: float, max_guidance: float, spread: flo
 
 
 def guide(
-    estimate: Callable[[Tensor], Tensor], x: Tensor, signal: float, noise: float, prefix: ChunkPrefix | None
+    estimate: Callable[[Tensor], Tensor],
+    x: Tensor,
+    signal: float,
+    noise: float,
+    prefix: ChunkPrefix | ChunkPrefixes | None,
 ) -> Tensor:
     """Return ``estimate(x)``, the clean chunk (B, H, A) behind the noisy ``x``, moved towards ``prefix``.
 
@@ -58,11 +72,19 @@ def guide(
     """
     if prefix is None:
         return estimate(x)
+    rows = prefix.rows if isinstance(prefix, ChunkPrefixes) else (prefix,) * len(x)
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         clean = estimate(x)
-        error = prefix.weights[:, None] * (prefix.actions - clean.detach())
+        guided = clean.detach().clone()
+        error = torch.stack([_error(row, chunk) for row, chunk in zip(rows, guided, strict=True)])
         (pull,) = torch.autograd.grad(clean, x, error)
-    guided = clean.detach() + guidance_scale(signal, noise, prefix.max_guidance, prefix.spread) * pull
-    guided[:, : prefix.frozen] = prefix.actions[: prefix.frozen]
+    for row, chunk, moved in zip(rows, guided, pull, strict=True):
+        if row is not None:
+            chunk += guidance_scale(signal, noise, row.max_guidance, row.spread) * moved
+            chunk[: row.frozen] = row.actions[: row.frozen]
     return guided
+
+
+def _error(prefix: ChunkPrefix | None, chunk: Tensor) -> Tensor:
+    return torch.zeros_like(chunk) if prefix is None else prefix.weights[:, None] * (prefix.actions - chunk)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from vla_core.config import ConfigError
 from vla_core.errors import VlaError, choices
 from vla_core.model.checks import at_least_one
+from vla_core.model.graph import in_graph
 from vla_core.model.sensor.base import point_set, shared_mlp
 from vla_core.model.sensor.bev_tower import Tower, conv_layer
 from vla_core.model.sensor.ground_view import GroundView
@@ -125,6 +126,8 @@ def transform(points: Tensor, pose: Tensor) -> Tensor:
 def full_precision(tensor: Tensor) -> AbstractContextManager[Any]:
     """A context without mixed precision, for geometry: 60 m in bfloat16 are 60 m give or take 0.25."""
     kind = tensor.device.type
+    if in_graph():  # nothing is mixed in it
+        return nullcontext()
     return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
 
@@ -164,7 +167,20 @@ def pixel_rays(intrinsics: Tensor, cells: tuple[int, int], size: tuple[int, int]
     ]
     v, u = torch.meshgrid(*axes, indexing="ij")
     pixels = torch.stack([u, v, torch.ones_like(u)], dim=-1).flatten(0, 1)  # (h w, 3)
-    return pixels @ torch.linalg.inv(intrinsics).mT
+    return pixels @ inverse(intrinsics).mT
+
+
+def inverse(matrices: Tensor) -> Tensor:
+    """The inverses of ``matrices`` (..., 3, 3); in a graph, which has no such operator, by cofactors."""
+    if not in_graph():
+        return torch.linalg.inv(matrices)
+    a, b, c = matrices.unbind(-2)  # rows
+    cofactors = torch.stack([_cross(b, c), _cross(c, a), _cross(a, b)], dim=-1)  # columns
+    return cofactors / (a * cofactors[..., 0]).sum(dim=-1)[..., None, None]
+
+
+def _cross(a: Tensor, b: Tensor) -> Tensor:
+    return a[..., [1, 2, 0]] * b[..., [2, 0, 1]] - a[..., [2, 0, 1]] * b[..., [1, 2, 0]]
 
 
 class LiftSplat(nn.Module):
@@ -245,7 +261,7 @@ class Pillars(nn.Module):
         cells, count = locate(places, mask, grid), grid.shape[0] * grid.shape[1]
         rows = _rows(cells, count).flatten()
         # Most points of a sweep may lie beyond the grid, or be padding: only the others are described.
-        kept = cells.inside.flatten().nonzero()[:, 0]
+        kept = slice(None) if in_graph() else cells.inside.flatten().nonzero()[:, 0]
         rows, places, values = rows[kept], places.flatten(0, 1)[kept], values.flatten(0, 1)[kept]
         total = len(mask) * (count + 1)
         mean = _by_row(places, rows, total, "mean")[rows]

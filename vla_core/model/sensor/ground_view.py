@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vla_core.model.graph import in_graph
+
 if TYPE_CHECKING:
     from vla_core.model.sensor.bev import Cameras, GridConfig
 
@@ -40,10 +42,11 @@ class GroundView(nn.Module):
         places, seen = self.places(cameras, grid)
         total = features.new_zeros(batch, features.shape[2], seen.shape[-1])
         for k in range(count):
-            cells = seen[:, k].any(dim=0).nonzero()[:, 0]  # those of other cameras need no look into this one
+            # Those of other cameras need no look into this one.
+            cells = slice(None) if in_graph() else seen[:, k].any(dim=0).nonzero()[:, 0]
             found = F.grid_sample(features[:, k], places[:, k, cells, None].to(features.dtype), align_corners=False)
             found = torch.where(seen[:, k, None, cells], found[..., 0], 0.0)
-            total = total.index_add(2, cells, found)
+            total = total + found if in_graph() else total.index_add(2, cells, found)
         mean = total / seen.sum(dim=1).clamp(min=1)[:, None].to(total.dtype)
         return mean.unflatten(2, grid.shape)
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from vla_core.config import ConfigError
 from vla_core.errors import VlaError
 from vla_core.model.checks import at_least_one
+from vla_core.model.graph import in_graph
 from vla_core.model.sensor.base import SENSOR_REGISTRY, SensorEncoder, masked_max, point_set, shared_mlp
 from vla_core.model.tokens import Tokens
 
@@ -76,7 +77,7 @@ def canonical_order(values: Tensor, mask: Tensor) -> Tensor:
     Equal for every permutation of the points, up to points that are equal in all columns.
     """
     order = torch.arange(values.shape[1], device=values.device).expand(mask.shape)
-    keys = [~mask, *values.unbind(-1)]
+    keys = [(~mask).int(), *values.unbind(-1)]
     for key in reversed(keys):  # stable sorts from the least to the most significant key
         order = order.gather(1, key.gather(1, order).argsort(dim=1, stable=True))
     return order
@@ -136,11 +137,14 @@ def ball_query(
     count = min(neighbors, xyz.shape[1])
     number = torch.arange(xyz.shape[1], device=xyz.device)
     pairs = CPU_PAIRS if xyz.device.type == "cpu" else GPU_PAIRS
-    rows = max(1, pairs // (len(xyz) * xyz.shape[1]))
+    rows = centers.shape[1] if in_graph() else max(1, pairs // (len(xyz) * xyz.shape[1]))
     parts = []
     for some in centers.split(rows, dim=1):
         distance = torch.cdist(some, xyz, compute_mode="donot_use_mm_for_euclid_dist")  # (B, rows, N)
         distance = distance.masked_fill_(~mask[:, None], float("inf"))
+        if in_graph():  # graphs take the first of several by themselves, and know nothing of bits
+            near = distance.topk(count, dim=-1, largest=False)
+            return near.indices, near.values <= radius
         # The bits of a float that is not negative grow with it; with the index below them no two keys are equal.
         key = distance.view(torch.int32).long().bitwise_left_shift_(INDEX_BITS).bitwise_or_(number)
         parts.append(key.topk(count, dim=-1, largest=False).values)

@@ -46,6 +46,10 @@ class PolicyModel(nn.Module):
     def forget(self) -> None:
         """Drop what is kept from one call to the next: the weights may have changed. Most models keep nothing."""
 
+    def figures(self) -> dict[str, float]:
+        """What the model has to tell of its own while it is trained, such as how often a cache had what was asked."""
+        return {}
+
     def enable_gradient_checkpointing(self) -> None:
         """Recompute activations in the backward pass; raises :class:`VlaError` where nothing can be."""
         raise VlaError(f"a model of type {self.config.type!r} has nothing that could be recomputed")
@@ -54,8 +58,12 @@ class PolicyModel(nn.Module):
 MODEL_REGISTRY: dict[str, type[Any]] = {}
 
 
-def build_model(config: Any, **parts: Any) -> Any:
-    """Build the model that is registered under ``config.type``; ``parts`` are modules of the caller's own."""
+def build_model(config: Any, *, weights: bool = True, **parts: Any) -> Any:
+    """Build the model that is registered under ``config.type``; ``parts`` are modules of the caller's own.
+
+    ``weights`` False: they are loaded next, and a large model, whose class has a ``without_weights``, holds none yet.
+    """
     if config.type not in MODEL_REGISTRY:
         raise VlaError(f"no model {config.type!r} registered; choices: {choices(MODEL_REGISTRY)}")
-    return MODEL_REGISTRY[config.type](config, **parts)
+    build = MODEL_REGISTRY[config.type]
+    return (build if weights else getattr(build, "without_weights", build))(config, **parts)

@@ -117,7 +117,7 @@ class MiniVLA(PolicyModel):
         """Return the context (B, d_model); raises :class:`VlaError` when a camera is not given."""
         self._check_cameras(inputs)
         text = self.text_encoder(inputs.tokens)
-        state = self.state_encoder(inputs.state)
+        state = self.state_encoder(inputs.state.to(self.fusion.absent.dtype))
         images = [
             encoder(inputs.images[name])
             for name, encoder in zip(self._config.cameras, self.image_encoders, strict=True)

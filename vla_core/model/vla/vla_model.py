@@ -19,6 +19,7 @@ from vla_core.model.action_head import ACTION_HEAD_REGISTRY, FlowHeadConfig, bui
 from vla_core.model.action_head.base import check_head
 from vla_core.model.action_head.guidance import ChunkPrefix
 from vla_core.model.checks import at_least_one
+from vla_core.model.graph import in_graph
 from vla_core.model.inputs import ModelInputs
 from vla_core.model.sensor.state_encoder import StateConfig, StateEncoder
 from vla_core.model.temporal.history import HistoryConfig, HistoryEncoder
@@ -166,7 +167,7 @@ class VLAModel(PolicyModel):
 
     def _cache(self, inputs: ModelInputs) -> PrefixCache | PrefixTable | None:
         """Where the instructions' part comes from, if it needs not be computed."""
-        if getattr(self._config.language, "injected", None) != "after_text":
+        if getattr(self._config.language, "injected", None) != "after_text" or in_graph():
             return None
         if not self.training:
             return self.prefix_cache

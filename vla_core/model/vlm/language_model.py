@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from vla_core.config import ConfigError
 from vla_core.errors import VlaError, choices
+from vla_core.model.recurrence import gru
 from vla_core.model.tokens import Tokens, join, present
 from vla_core.model.vlm import pretrained
 from vla_core.model.vlm.lora import LoRAConfig, add_lora, merge_lora
@@ -288,10 +289,11 @@ class TinyGRU(LanguageModel):
     def _hidden(self, sequence: Tokens, prefix: Prefix | None) -> Tensor:
         # The tokens that are there come first, so that the recurrence never steps through one that is not.
         order = sequence.mask.int().argsort(dim=1, descending=True, stable=True)[..., None]  # (B, S, 1)
-        packed = sequence.values.gather(1, order.expand_as(sequence.values))
+        order = order.expand_as(sequence.values)  # as wide as the hidden states
+        packed = sequence.values.gather(1, order)
         start = None if prefix is None else prefix.state[None].contiguous()
-        hidden, _ = self.gru(packed, start)
-        return torch.zeros_like(hidden).scatter(1, order.expand_as(hidden), hidden)
+        hidden = gru(self.gru, packed, start)
+        return torch.zeros_like(packed).scatter(1, order, hidden)
 
 
 @dataclass(frozen=True, kw_only=True)

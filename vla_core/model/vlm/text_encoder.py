@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from vla_core.errors import VlaError, choices
 from vla_core.model.checks import at_least_one
+from vla_core.model.recurrence import gru
 from vla_core.model.vlm.pretrained import library
 
 PAD = 0
@@ -66,10 +67,12 @@ class WordTokenizer:
 class HubTokenizer:
     """The tokenizer of a published language model; it travels as plain data, so a robot needs no hub.
 
-    ``prompt`` is what the model reads, with the instruction in its place.
+    ``prompt`` is what the model reads, with the instruction in its place, in small letters where ``lower`` is set.
+    ``last`` is an id that every text ends in: it is appended where it is not there.
     """
 
-    def __init__(self, data: str, *, pad_id: int, prompt: str = "{instruction}\n") -> None:
+    def __init__(self, data: str, *, pad_id: int, prompt: str = "{instruction}\n", lower: bool = False,
+                 last: int | None = None) -> None:  # fmt: skip
         """``data`` is the JSON of the tokenizers library; ``pad_id`` must not occur in a text."""
         if prompt.count("{instruction}") != 1:
             raise VlaError(f"tokenizer prompt: expected one {{instruction}}, found {prompt!r}")
@@ -78,7 +81,7 @@ class HubTokenizer:
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self.pad_id = pad_id
-        self.prompt = prompt
+        self.prompt, self.lower, self.last = prompt, lower, last
         self._known: dict[str, list[int]] = {}
 
     @property
@@ -97,7 +100,9 @@ class HubTokenizer:
 
     def _ids(self, text: str) -> list[int]:
         before, after = self.prompt.split("{instruction}")
-        ids: list[int] = self._tokenizer.encode(before + text + after).ids
+        ids: list[int] = self._tokenizer.encode(before + (text.lower() if self.lower else text) + after).ids
+        if self.last is not None and ids[-1:] != [self.last]:
+            ids = [*ids, self.last]
         if self.pad_id in ids:
             raise VlaError(f"instruction {text!r}: holds the padding token {self.pad_id}, which no model sees")
         return ids
@@ -109,7 +114,8 @@ class HubTokenizer:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for :meth:`from_dict`."""
-        return {"type": "hub", "pad_id": self.pad_id, "prompt": self.prompt, "tokenizer": self._data}
+        more = ({"lower": True} if self.lower else {}) | ({} if self.last is None else {"last": self.last})
+        return {"type": "hub", "pad_id": self.pad_id, "prompt": self.prompt, **more, "tokenizer": self._data}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> HubTokenizer:
@@ -117,7 +123,8 @@ class HubTokenizer:
         kinds = {"tokenizer": str, "pad_id": int, "prompt": str}
         if data.get("type") != "hub" or any(not isinstance(data.get(key), kind) for key, kind in kinds.items()):
             raise VlaError(f"tokenizer: expected type 'hub' with {choices(kinds)}, found {choices(data)}")
-        return cls(data["tokenizer"], pad_id=data["pad_id"], prompt=data["prompt"])
+        more = {key: data[key] for key, kind in {"lower": bool, "last": int}.items() if isinstance(data.get(key), kind)}
+        return cls(data["tokenizer"], pad_id=data["pad_id"], prompt=data["prompt"], **more)
 
 
 def tokenizer_from_dict(data: dict[str, Any]) -> WordTokenizer | HubTokenizer:
@@ -178,7 +185,7 @@ class TextEncoderTinyGRU(nn.Module):
         self.norm = nn.LayerNorm(d_model)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        hidden, _ = self.gru(self.embed(tokens))  # (B, L, d_model)
+        hidden = gru(self.gru, self.embed(tokens))  # (B, L, d_model)
         # The last hidden state would be that of a padding token in all but the longest rows.
         last = (tokens != PAD).sum(dim=1) - 1  # (B,)
         index = last[:, None, None].expand(-1, 1, hidden.shape[-1])

@@ -113,6 +113,7 @@ class ImageEncoderTinyCNN(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         pixels = (image - 0.5) * 4.0 if self.centred else image  # a standard deviation of about 1
+        pixels = pixels.to(self.project.weight.dtype)
         out: Tensor = self.norm(self.project(self.pool(self.convolutions(pixels))))
         return out
 

@@ -1,0 +1,1 @@
+"""Whole experiments, each one command, whose figures stand in docs/results."""

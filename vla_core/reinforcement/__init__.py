@@ -1,0 +1,1 @@
+"""Reinforcement learning in the simulator: what a policy learns beyond its demonstrations."""
