@@ -99,6 +99,7 @@ class PolicyNode(GuardedNode):
         declare(self, "contract", "", "the robot's contract, a name in config/robots or a file; may differ from "
                                       "the checkpoint's in topics only; empty takes the checkpoint's")  # fmt: skip
         declare(self, "inference", "asynchronous", "asynchronous (robots) or synchronous (lockstep simulation)")
+        declare(self, "device", "cpu", "where a checkpoint's model runs, such as cuda")
         declare(self, "seed", 0, "seed of the policy's sampling noise", low=0)
         declare(self, "execution", [""], "key=value changes to how chunks are executed, such as strategy=rtc, steps=6; "
                                          "[''] takes the checkpoint's")  # fmt: skip
@@ -305,7 +306,7 @@ class PolicyNode(GuardedNode):
         """The policy at ``place``, or the planner that the parameters describe."""
         seed, dataset = int(value(self, "seed")), value(self, "dataset") or None
         if place != PLANNER:
-            return load_policy(place, seed, dataset)
+            return load_policy(place, seed, dataset, str(value(self, "device")))
         from vla_core.planning.policy import PlannerPolicy, setup_from
 
         if not value(self, "world"):

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from test.benchmarks.framework import BenchmarkError, Row, Settings, Suite, compared, measured
-from vla_core.evaluation.policy_bench import BenchOptions, bench, preset
+from vla_core.evaluation.policy_bench import WAYS, BenchOptions, bench, preset
 
 GOAL = "<= 0.5"  # of the eager latency: twice as fast
 
@@ -31,17 +31,7 @@ def ways_of(name: str, settings: Settings, ways: tuple[str, ...], goal: str = ""
 
 def tiny(settings: Settings) -> Iterator[Row]:
     """The preset `tiny` in every way."""
-    ways = (
-        "eager",
-        "compiled",
-        "torchscript",
-        "onnx",
-        "torchscript bf16",
-        "torchscript int8",
-        "onnx int8",
-        "onnx int4",
-    )
-    yield from ways_of("tiny", settings, ways, GOAL)
+    yield from ways_of("tiny", settings, tuple(WAYS), GOAL)
 
 
 def driving(settings: Settings) -> Iterator[Row]:

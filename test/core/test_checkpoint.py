@@ -20,6 +20,7 @@ from vla_core.checkpoint import FILES, Checkpoint, fingerprint
 from vla_core.errors import VlaError
 from vla_core.observation.builder import Observation
 from vla_core.observation.normalizer import Normalization, Normalizer, Statistics, entry_names
+from vla_core.runtime.loading import load_policy
 from vla_core.runtime.policy import CheckpointPolicy, PolicyError
 
 from .helpers import CONTRACT, SPEC, START, checkpoint, pixels, with_action
@@ -303,3 +304,9 @@ def test_a_full_disk_leaves_the_old_checkpoint(saved: Path) -> None:
     assert fingerprint(saved) == before
     Checkpoint.load(saved)
     assert os.listdir(saved.parent) == ["policy"]
+
+
+def test_a_device_that_is_not_there_is_refused(saved: Path) -> None:
+    for name in ("cuda:99", "gpu"):
+        with pytest.raises(PolicyError, match=rf"device '{name}': torch .* has none here; choices: cpu"):
+            load_policy(saved, device=name)

@@ -159,7 +159,9 @@ class Dreamer:
         with torch.no_grad():
             for slow, fast in zip(self._slow.parameters(), self.critic.parameters(), strict=True):
                 slow.lerp_(fast, 1 - options.slow)
-        return Figures(float(returns[:, 0].mean()), actor_loss.item(), critic_loss.item(), float(entropy.detach().mean()))
+        return Figures(
+            float(returns[:, 0].mean()), actor_loss.item(), critic_loss.item(), float(entropy.detach().mean())
+        )
 
     @torch.no_grad()
     def _imagine(self, state: State) -> tuple[Tensor, Tensor, State]:

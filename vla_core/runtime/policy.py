@@ -13,7 +13,7 @@ import torch
 from vla_core import hub
 from vla_core.checkpoint import Checkpoint, fingerprint
 from vla_core.contract import RobotContract
-from vla_core.errors import VlaError
+from vla_core.errors import VlaError, choices
 from vla_core.model.action_head.draws import EachRow
 from vla_core.model.action_head.guidance import ChunkPrefix, ChunkPrefixes
 from vla_core.model.inputs import ModelInputs, Remembers
@@ -92,13 +92,16 @@ class CheckpointPolicy(Policy):
     """A checkpoint in this process.
 
     Sampling noise is drawn from ``seed`` and the observation's stamp, so that a replayed observation gives the
-    chunk that the robot got.
+    chunk that the robot got. The model runs on ``device``, such as ``cuda``; what goes in and comes out stays on the
+    CPU.
     """
 
-    def __init__(self, checkpoint: Checkpoint, seed: int = 0) -> None:
+    def __init__(self, checkpoint: Checkpoint, seed: int = 0, device: str = "cpu") -> None:
         if seed < 0:
             raise PolicyError(f"seed: expected at least 0, found {seed}")
         config = checkpoint.config
+        self.device = find_device(device)
+        checkpoint.model.to(self.device)
         self.checkpoint = checkpoint
         self.contract = checkpoint.contract
         self.spec, self.execution = config.observation, config.execution
@@ -109,11 +112,13 @@ class CheckpointPolicy(Policy):
 
     @classmethod
     def load(
-        cls, path: Path | str, seed: int = 0, dataset: str | None = None, source: str | None = None
-    ) -> CheckpointPolicy:
+        cls, path: Path | str, seed: int = 0, dataset: str | None = None, source: str | None = None,
+        device: str = "cpu",
+    ) -> CheckpointPolicy:  # fmt: skip
         """Load a checkpoint folder, or a hub's repository; ``dataset`` as :meth:`Checkpoint.load` takes it."""
         folder = hub.local_folder(path)
-        policy = cls(Checkpoint.load(folder, dataset=dataset), seed)
+        find_device(device)  # which fails before a large model is read
+        policy = cls(Checkpoint.load(folder, dataset=dataset), seed, device)
         policy.source, policy.fingerprint = source or str(path), fingerprint(folder)
         return policy
 
@@ -139,8 +144,8 @@ class CheckpointPolicy(Policy):
     ) -> np.ndarray:  # fmt: skip
         """Normalized actions (B, H, A)."""
         model = self.checkpoint.model
-        inputs = self.inputs(observations, self.remembers)
-        actions: np.ndarray = model.predict(inputs, generator, prefix).numpy()
+        inputs = self.inputs(observations, self.remembers).to(self.device)
+        actions: np.ndarray = model.predict(inputs, generator, prefix).cpu().numpy()
         return actions
 
     def _generator(self, observation: Observation) -> torch.Generator:
@@ -161,12 +166,25 @@ class CheckpointPolicy(Policy):
         if continues is None:
             return None
         return ChunkPrefix(
-            actions=torch.from_numpy(self.checkpoint.normalizer.normalize("action", continues.actions)),
-            weights=torch.from_numpy(continues.weights.astype(np.float32)),
+            actions=torch.from_numpy(self.checkpoint.normalizer.normalize("action", continues.actions)).to(self.device),
+            weights=torch.from_numpy(continues.weights.astype(np.float32)).to(self.device),
             frozen=continues.frozen,
             max_guidance=continues.max_guidance,
             spread=continues.spread,
         )
+
+
+def find_device(name: str) -> torch.device:
+    """The device of that name; raises :class:`PolicyError` for one that is not there."""
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, NotImplementedError, AssertionError):  # torch without CUDA asserts
+        there = ["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
+        raise PolicyError(
+            f"device {name!r}: torch {torch.__version__} has none here; choices: {choices(there)}"
+        ) from None
+    return device
 
 
 def noise_seed(seed: int, stamp_ns: int) -> int:

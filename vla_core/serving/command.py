@@ -24,6 +24,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     serve.add_argument("--port", type=not_negative, default=8000, help="0 takes a free one")
     serve.add_argument("--dataset", help="of a policy that was trained on several: the one by whose statistics it runs")
     serve.add_argument("--seed", type=not_negative, default=0, help="of the policy's sampling noise")
+    serve.add_argument("--device", default="cpu", help="where the model runs, such as cuda; default: cpu")
     serve.add_argument("--tls-cert", metavar="FILE", help="certificate chain (PEM); clients then use wss://")
     serve.add_argument("--tls-key", metavar="FILE", help="its key")
     serve.add_argument(
@@ -68,7 +69,7 @@ def _serve(parsed: argparse.Namespace) -> int:
         token=read_token(parsed.token_file), max_message_bytes=parsed.max_message_mb * 2**20,
         max_clients=parsed.max_clients, batch=parsed.batch, batch_wait_s=parsed.batch_wait_ms / 1e3,
     )  # fmt: skip
-    policy = load_policy(parsed.checkpoint, parsed.seed, parsed.dataset)
+    policy = load_policy(parsed.checkpoint, parsed.seed, parsed.dataset, parsed.device)
     openpi = OpenpiForm(policy.contract, policy.spec, read_keys(parsed.keys), parsed.ignore, parsed.resize)
     try:
         asyncio.run(_run(PolicyServer(policy, options, openpi), options, policy.fingerprint))

@@ -68,14 +68,18 @@ class EachRow(torch.Generator):
 def normal(
     shape: Sequence[int], generator: torch.Generator | None, dtype: torch.dtype, device: torch.device
 ) -> Tensor:  # fmt: skip
-    """Standard normal noise of ``shape``; its first dimension is that of the batch."""
+    """Standard normal noise of ``shape``; its first dimension is that of the batch.
+
+    It is drawn where the generator is, so that a seed means the same noise on every device.
+    """
     if isinstance(generator, EachRow):
         return torch.cat([normal((1, *shape[1:]), each, dtype, device) for each in generator.generators])
     if isinstance(generator, GivenDraws):
         return generator.take(shape).to(dtype)
     if isinstance(generator, DrawLog):
         generator.draws.append(Draw(kind="normal", shape=tuple(shape)))
-    return torch.randn(tuple(shape), generator=generator, dtype=dtype, device=device)
+    drawn_on = device if generator is None else generator.device
+    return torch.randn(tuple(shape), generator=generator, dtype=dtype, device=drawn_on).to(device)
 
 
 def category(weights: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -91,7 +95,8 @@ def category(weights: Tensor, generator: torch.Generator | None) -> Tensor:
         return (weights / generator.take(weights.shape)).argmax(dim=-1)
     if isinstance(generator, DrawLog):
         generator.draws.append(Draw(kind="exponential", shape=tuple(weights.shape)))
-    return torch.multinomial(weights, 1, generator=generator)[:, 0]
+    drawn_on = weights if generator is None else weights.to(generator.device)
+    return torch.multinomial(drawn_on, 1, generator=generator)[:, 0].to(weights.device)
 
 
 def draw(draws: Sequence[Draw], generator: torch.Generator) -> Tensor:

@@ -101,6 +101,7 @@ class Prefix:
         ``mask`` (B, 1, L, P) is added to the logits.
         """
         turn = Rotation.at(positions, self.layers[0].self_attn.head_dim)
+        x = x.to(self.layers[0].input_layernorm.weight.dtype)  # autocast narrows products, not what they are added to
         found = []
         for i, layer in enumerate(self.layers):
             last = i + 1 == len(self.layers)
@@ -145,6 +146,7 @@ class Expert:
 
     def __call__(self, x: Tensor) -> Tensor:
         """(B, H, E) to (B, H, E), before the last norm."""
+        x = x.to(self.layers[0].input_layernorm.weight.dtype)
         for layer, cross, seen in zip(self.layers, self.crosses, self.seen, strict=True):
             x = _run(self.recompute, self._layer, layer, x, cross, seen)
         return x
@@ -187,7 +189,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Te
     groups = key.shape[1]
     together = query.reshape(batch, groups, heads // groups * rows, width)  # the heads of a group as more rows
     if mask is not None:
-        mask = mask.repeat(1, 1, heads // groups, 1)
+        mask = mask.repeat(1, 1, heads // groups, 1).to(query.dtype)
     heard = F.scaled_dot_product_attention(together, key, value, attn_mask=mask)
     return heard.reshape(batch, heads, rows, width).transpose(1, 2).flatten(2)
 
