@@ -18,7 +18,8 @@ from vla_core.reinforcement.imagination import Dreamer, Dreaming, lambda_returns
 def test_returns_are_the_weighted_mean_of_all_lookaheads(steps: int, trace: float, seed: int) -> None:
     rng = np.random.default_rng(seed)
     rewards, goes_on, values = rng.normal(size=steps), rng.uniform(0, 1, steps), rng.normal(size=steps)
-    found = lambda_returns(*(torch.from_numpy(x)[None] for x in (rewards, goes_on, values)), trace)[0]
+    r, c, v = (torch.from_numpy(x)[None] for x in (rewards, goes_on, values))
+    found = lambda_returns(r, c, v, trace)[0]
 
     def lookahead(t: int, n: int) -> float:
         """n rewards from t on, then the critic."""
@@ -87,4 +88,4 @@ def test_the_world_is_left_as_it_is() -> None:
 def test_options_out_of_range_are_refused() -> None:
     for change in ({"horizon": 0}, {"discount": 1.5}, {"learning_rate": 0.0}):
         with pytest.raises(ConfigError, match=next(iter(change))):
-            Dreaming(**change)  # type: ignore[arg-type]
+            Dreaming(**change)

@@ -118,6 +118,13 @@ def farthest_points(xyz: Tensor, mask: Tensor, count: int) -> tuple[Tensor, Tens
     return torch.cat(chosen, dim=1), torch.cat(distance, dim=1) > 0
 
 
+def distances(a: Tensor, b: Tensor) -> Tensor:
+    """Between all points of ``a`` (B, S, 3) and ``b`` (B, N, 3): (B, S, N)."""
+    if in_graph():  # which has no such operator
+        return sum(((a[:, :, None, i] - b[:, None, :, i]).square() for i in range(3)), torch.zeros(())).sqrt()
+    return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
+
+
 @torch.no_grad()
 def ball_query(
     xyz: Tensor, mask: Tensor, centers: Tensor, *, radius: float, neighbors: int
@@ -140,7 +147,7 @@ def ball_query(
     rows = centers.shape[1] if in_graph() else max(1, pairs // (len(xyz) * xyz.shape[1]))
     parts = []
     for some in centers.split(rows, dim=1):
-        distance = torch.cdist(some, xyz, compute_mode="donot_use_mm_for_euclid_dist")  # (B, rows, N)
+        distance = distances(some, xyz)  # (B, rows, N)
         distance = distance.masked_fill_(~mask[:, None], float("inf"))
         if in_graph():  # graphs take the first of several by themselves, and know nothing of bits
             near = distance.topk(count, dim=-1, largest=False)

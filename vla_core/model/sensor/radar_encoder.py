@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from vla_core.errors import VlaError
 from vla_core.model.checks import at_least_one
+from vla_core.model.graph import in_graph
 from vla_core.model.sensor.base import SENSOR_REGISTRY, SensorEncoder, masked_max, point_set, shared_mlp, there
 from vla_core.model.tokens import Tokens, masked_mean
 
@@ -102,7 +103,8 @@ class _RangeDoppler(nn.Module):
         for convolution in self.convolutions:
             values = convolution(values).relu()
         cells = values.permute(0, 2, 3, 1)  # (B, h, w, D)
-        places = coordinates(*cells.shape[1:3]).to(cells).expand(len(cells), -1, -1, -1)
+        places = _counted(cells) if in_graph() else coordinates(*cells.shape[1:3]).to(cells)
+        places = places.expand(len(cells), -1, -1, -1)
         features = self.place(torch.cat([cells, places], dim=-1)).relu().flatten(1, 2)  # (B, h w, D)
         if self.pooled:
             return Tokens(self.out(features.amax(dim=1))[:, None], mask[:, None])
@@ -128,6 +130,15 @@ def coordinates(height: int, width: int) -> Tensor:
     """Where the cells of a map are, (H, W, 3): range from -1 to 1, sine and cosine of the Doppler bin's angle."""
     distance = torch.linspace(-1.0, 1.0, height)[:, None].expand(height, width)
     angle = (torch.arange(width) * (2 * math.pi / width)).expand(height, width)
+    return torch.stack([distance, angle.sin(), angle.cos()], dim=-1)
+
+
+def _counted(cells: Tensor) -> Tensor:
+    """The coordinates of the cells (B, H, W, D) of a graph, whose sizes are no numbers yet: (H, W, 3)."""
+    ones = torch.ones_like(cells[0, ..., 0])
+    row, column = ones.cumsum(dim=0) - 1, ones.cumsum(dim=1) - 1
+    distance = 2 * row / (ones.sum(dim=0, keepdim=True) - 1).clamp(min=1) - 1
+    angle = 2 * math.pi * column / ones.sum(dim=1, keepdim=True)
     return torch.stack([distance, angle.sin(), angle.cos()], dim=-1)
 
 
