@@ -123,14 +123,6 @@ def test_a_model_is_a_torchscript_graph(tmp_path: Path, name: str) -> None:
     check_alike(made, exported(tmp_path / "graph", made, "torchscript"), observations(made, 6, seed=5))
 
 
-@pytest.mark.parametrize("name", ["memory", "range-Doppler map", "car"])
-def test_a_model_is_an_onnx_graph(tmp_path: Path, name: str) -> None:
-    pytest.importorskip("onnxruntime")
-    torch.manual_seed(0)
-    made = MODELS[name]()
-    check_alike(made, exported(tmp_path / "graph", made, "onnx"), observations(made, 6, seed=5))
-
-
 def test_what_is_asked_lacks_sensors_and_has_them_all() -> None:
     """The observations that graphs are verified with are no easy ones."""
     made = ground_car()

@@ -23,17 +23,6 @@ def test_a_head_is_a_graph(tmp_path: Path, name: str) -> None:
     check_alike(made, found, asked())
 
 
-def test_fewer_bits_and_the_operators_that_have_them(tmp_path: Path) -> None:
-    onnx = pytest.importorskip("onnx")
-    made = policy("mlp")
-    for precision, operator, most in (("int8", "MatMulInteger", 0.1), ("int4", "MatMulNBits", 0.25)):
-        found = exported(tmp_path / precision, made, "onnx", precision=precision)
-        graph = onnx.load(str(tmp_path / precision / "policy.onnx")).graph
-        assert operator in {node.op_type for node in graph.node}
-        assert 1e-5 < found.record.agreement.max_error < most
-        check_alike(made, found, asked(), tolerance=most)
-
-
 def test_the_graph_says_what_it_takes(tmp_path: Path) -> None:
     """Names, types and free sizes of the file itself are those of the record, so that others can run it, too."""
     ort = pytest.importorskip("onnxruntime")

@@ -14,6 +14,9 @@ from hypothesis import strategies as st
 from vla_core.export.feed import check, feed
 from vla_core.export.graph import PolicyGraph, draws_of
 from vla_core.model.action_head.draws import Draw, DrawLog, GivenDraws, category, draw, normal
+from vla_core.model.graph import as_graph
+from vla_core.model.recurrence import gru
+from vla_core.model.sensor import bev, lidar_encoder, radar_encoder
 from vla_core.observation.builder import Observation
 from vla_core.runtime.policy import CheckpointPolicy, noise_seed
 
@@ -91,3 +94,19 @@ def test_bits(tmp_path: Path) -> None:
         assert least < found.record.agreement.max_error < most
         assert found.record.agreement.bound == most and found.record.precision == precision
         check_alike(made, found, asked(), tolerance=most)
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 2**31), points=st.integers(1, 9), rows=st.integers(1, 9), columns=st.integers(1, 9))
+def test_what_a_graph_computes_otherwise_is_the_same(seed: int, points: int, rows: int, columns: int) -> None:
+    """Inverses, distances, places on a map and a GRU, beside torch's own."""
+    random = torch.Generator().manual_seed(seed)
+    matrices = torch.randn(2, 3, 3, generator=random) + 3 * torch.eye(3)
+    a, b = torch.randn(1, points, 3, generator=random), torch.randn(1, rows, 3, generator=random)
+    part, words = torch.nn.GRU(3, 4, batch_first=True), torch.randn(1, points, 3, generator=random)
+    expected = (torch.linalg.inv(matrices), torch.cdist(a, b), radar_encoder.coordinates(rows, columns), part(words)[0])
+    with as_graph(), torch.no_grad():
+        found = (bev.inverse(matrices), lidar_encoder.distances(a, b),
+                 radar_encoder._counted(torch.zeros(1, rows, columns, 2)), gru(part, words))  # fmt: skip
+    for one, other in zip(found, expected, strict=True):
+        assert torch.allclose(one, other, rtol=1e-4, atol=1e-5)
