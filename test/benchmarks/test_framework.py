@@ -104,7 +104,7 @@ def test_only_what_could_not_be_measured_fails_the_command(
 
 def test_an_unknown_suite_is_refused_with_the_choices(capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["flying"]) == 1
-    assert "no suite 'flying'; choices: data, driving, model, robot" in capsys.readouterr().err
+    assert "no suite 'flying'; choices: data, driving, model, policy, robot, serve, world" in capsys.readouterr().err
 
 
 def test_period_errors_of_a_timer_that_was_late_once() -> None:

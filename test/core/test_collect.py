@@ -247,6 +247,6 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert cli.main(arguments) == 1
     assert "exists already" in capsys.readouterr().err
     assert cli.main([*arguments[:-2], str(tmp_path / "other"), "--noise", "size=1"]) == 1
-    assert "noise.size: unknown key; choices: entries, episodes, scale, share, steps" in capsys.readouterr().err
+    assert "noise.size: unknown key; choices: entries, episodes, lowered, scale" in capsys.readouterr().err
     assert cli.main([*arguments, "--beta", "0.5"]) == 1
     assert "--beta: belongs to --policy" in capsys.readouterr().err

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from vla_core.observation.builder import Observation, ObservationSpec
 from vla_core.observation.decode import decode
 from vla_core.runtime.chunk_executor import ActionChunk
 from vla_core.runtime.core import PolicyCore
+from vla_core.runtime.policy import Policy
 from vla_core.sim.metaworld import ROTATED_CAMERAS, MetaWorld, SimulationError, instruction_for
 
 from .helpers import CONTRACT, with_stream
@@ -192,10 +192,9 @@ class ExpertCore(PolicyCore):
             assert seen.instruction == "go"
             return ActionChunk(seen.stamp_ns, SAWYER.step_ns, world.expert()[None])
 
-        expert: Any = SimpleNamespace(
-            contract=SAWYER, spec=ObservationSpec(state=("state",), instruction="instruction"), predict=predict,
-            checkpoint=SimpleNamespace(config=SimpleNamespace(execution=Execution(steps=1))),
-        )  # fmt: skip
+        expert: Any = Policy()
+        expert.contract, expert.spec = SAWYER, ObservationSpec(state=("state",), instruction="instruction")
+        expert.execution, expert.predict = Execution(steps=1), predict
         super().__init__(expert)
 
 
