@@ -120,9 +120,7 @@ class SimulatorNode(Node):
         self._plan_publisher = (
             self.create_publisher(plan_class, plan_topic, COMMAND_QOS) if self._expert_drives else None
         )
-        self._takeover_publisher = (
-            self.create_publisher(Bool, TAKEOVER_TOPIC, LATCHED_QOS) if self._stands_by else None
-        )
+        self._takeover_publisher = self.create_publisher(Bool, TAKEOVER_TOPIC, LATCHED_QOS) if self._stands_by else None
         command_class = message_class(self._obeyed.type)
         self._executed_publisher = (
             self.create_publisher(command_class, EXECUTED + self._obeyed.topic, COMMAND_QOS) if self._noise else None
