@@ -145,7 +145,7 @@ def draws_of(checkpoint: Checkpoint) -> tuple[Draw, ...]:
     inputs = collate([blank], checkpoint.normalizer, checkpoint.tokenizer, checkpoint.config.observation,
                      remembers=getattr(checkpoint.model, "remembers", "everything"))  # fmt: skip
     log = DrawLog()
-    with torch.no_grad():
+    with torch.no_grad(), as_graph():
         checkpoint.model.predict(inputs, log)
     return tuple(log.draws)
 

@@ -44,6 +44,7 @@ class ExportedPolicy(Policy):
         self.head = Unguided(f"{config.model.head.type} in a graph")
         self.provenance, self.seed = config.provenance, seed
         self.fingerprint = record.fingerprint
+        self._asked = getattr(MODEL_REGISTRY[config.model.type], "needs_instruction", False)
         self._tokenizer, self._engine, self._normalizer = tokenizer, engine, normalizer
 
     @classmethod
@@ -70,6 +71,10 @@ class ExportedPolicy(Policy):
 
     def answer(self, observation: Observation) -> np.ndarray:
         """The graph's chunk (H, A) float64 for one observation."""
+        asks = self.spec.instruction
+        if asks is not None and self._asked and not observation.present.get(asks, True):
+            raise PolicyError(f"instruction: missing; {self.model.type} answers a question and has no mask for none: "
+                              "set missing to refuse for it in the contract")  # fmt: skip
         inputs = feed(observation, self.spec, self.contract, self._tokenizer)
         if self.record.draws:
             generator = torch.Generator().manual_seed(noise_seed(self.seed, observation.stamp_ns))

@@ -33,7 +33,15 @@ def observations(checkpoint: Checkpoint, count: int = OBSERVATIONS, seed: int = 
         absent = 0.4 * (k - count // 2) / count if k > count // 2 else 0.0
         past = tuple(_random(checkpoint, tick, rng, absent) for tick in blank.history)
         made.append(dataclasses.replace(_random(checkpoint, blank, rng, absent), stamp_ns=1_000_003 * k, history=past))
-    return made
+    return [_asked(checkpoint, each) for each in made]
+
+
+def _asked(checkpoint: Checkpoint, observation: Observation) -> Observation:
+    """With an instruction, where the model refuses to act without one."""
+    name = checkpoint.config.observation.instruction
+    if name is None or not getattr(checkpoint.model, "needs_instruction", False):
+        return observation
+    return dataclasses.replace(observation, present={**observation.present, name: True})
 
 
 def agreement(

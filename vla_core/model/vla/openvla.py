@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from vla_core.config import ConfigError
 from vla_core.errors import VlaError, choices
 from vla_core.model.action_head.guidance import ChunkPrefix
+from vla_core.model.graph import in_graph
 from vla_core.model.inputs import ModelInputs
 from vla_core.model.tokens import Tokens, join, present
 from vla_core.model.vla.base import MODEL_REGISTRY, PolicyModel
@@ -141,6 +142,7 @@ class OpenVLA(PolicyModel):
     Config = OpenVLAConfig
     Recipe = OpenVLARecipe
     remembers = "state"
+    needs_instruction = True  # it answers a question, and has no mask for none
     language_model: Any
 
     def __init__(self, config: OpenVLAConfig) -> None:
@@ -277,7 +279,7 @@ class OpenVLA(PolicyModel):
         if self.action_head is not None:
             error = (self._regress(inputs) - known).abs().mean(dim=-1)
             return (error * mask).sum() / mask.sum().clamp(min=1)
-        ids = to_ids(known[:, 0], self._bins, self.words)  # (B, A)
+        ids = to_ids(known[:, 0], self._bins(), self.words)  # (B, A)
         sequence = join([self._prompt(inputs), present(self._embed(ids))])
         features = run(self.language_model, sequence)[:, -ids.shape[1] - 1 :]
         logits = self.language_model.lm_head(features).float()
@@ -301,7 +303,7 @@ class OpenVLA(PolicyModel):
             said = self._regress(asked)
         else:
             ids = greedy(self.language_model, self._prompt(asked), self._config.action_dim)
-            said = from_ids(ids, self._bins, self.words)[:, None]
+            said = from_ids(ids, self._bins(), self.words)[:, None]
         said = said.to(inputs.state.device)
         for place in self._config.open_close:
             said[..., place] = 1 - 2 * said[..., place]
@@ -330,7 +332,6 @@ class OpenVLA(PolicyModel):
             said[..., place] = (1 - said[..., place]) / 2
         return said
 
-    @property
     def _bins(self) -> int:
         head = self._config.head
         assert isinstance(head, ActionTokensConfig), "only its head says words"
@@ -361,7 +362,7 @@ class OpenVLA(PolicyModel):
 
     def _question(self, inputs: ModelInputs) -> Tokens:
         mask = inputs.tokens != self.record.pad_token_id if inputs.token_mask is None else inputs.token_mask
-        if not bool(mask[:, 0].all()):
+        if not in_graph() and not bool(mask[:, 0].all()):  # who runs a graph refuses it
             raise VlaError("instruction: missing in a row of the batch; OpenVLA answers a question and has no mask for "
                            "none: set missing to refuse for it in the contract")  # fmt: skip
         return Tokens(self._embed(inputs.tokens.clamp(max=self.record.vocab_size - 1)), mask)

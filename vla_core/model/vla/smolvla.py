@@ -145,7 +145,8 @@ class SmolVLA(PolicyModel):
         # Where there is nothing to see, the state is seen, so that no softmax is over nothing; nobody looks at it.
         nothing = ~valid[:, :-1].any(dim=1)[:, None, None, None]
         last = torch.cat([torch.zeros_like(valid[:, :-1]), torch.ones_like(valid[:, :1])], dim=1)
-        allowed = torch.where(last[:, None, None, :], last[:, None, :, None] | nothing, valid[:, None, None, :])
+        state_key, others = last[:, None, None, :], ~last[:, None, None, :]
+        allowed = (state_key & (last[:, None, :, None] | nothing)) | (others & valid[:, None, None, :])
         mask = bias(allowed, seen.dtype)
         if not torch.is_grad_enabled() or any(p.requires_grad for p in text.parameters()):
             found = layers(torch.cat([seen, state], dim=1), positions, mask)
