@@ -14,6 +14,9 @@ from test.core import published_openvla, published_smolvla
 from test.core.test_presets import hub_checkpoint
 from test.core.whole_models import vla_config
 from vla_core.checkpoint import Checkpoint, PolicyConfig
+from vla_core.errors import VlaError
+from vla_core.export.exporter import ExportOptions, export
+from vla_core.export.feed import ExportError
 from vla_core.export.verify import observations
 from vla_core.model.action_head import FlowHeadConfig
 from vla_core.model.vla import VLAModel
@@ -21,6 +24,7 @@ from vla_core.model.vlm import LLMConfig, VisionEncoderConfig
 from vla_core.model.vlm.text_encoder import HubTokenizer
 from vla_core.model.vlm.vision_projector import MLPProjectorConfig, PerceiverConfig
 from vla_core.pretrained import openvla, smolvla
+from vla_core.runtime.policy import CheckpointPolicy
 
 from .exported import check_alike, exported
 from .helpers import CONTRACT
@@ -46,12 +50,12 @@ def chunks(place: Path) -> Checkpoint:
                         cameras=("camera", "wrist"), state=("arm",), horizon=3)  # fmt: skip
 
 
-def lerobot(place: Path) -> Checkpoint:
-    """SmolVLA with its two cameras, in two Euler steps."""
+def lerobot(place: Path, steps: int = 2) -> Checkpoint:
+    """SmolVLA with its two cameras, in few Euler steps."""
     found = smolvla.load(published_smolvla.publish(place / "smolvla"), published_smolvla.ROBOT,
                          cameras=("front", "wrist"))  # fmt: skip
     config = found.model.config
-    found.model._config = dataclasses.replace(config, head=dataclasses.replace(config.head, inference_steps=2))
+    found.model._config = dataclasses.replace(config, head=dataclasses.replace(config.head, inference_steps=steps))
     return dataclasses.replace(found, config=dataclasses.replace(found.config, model=found.model.config))
 
 
@@ -89,9 +93,35 @@ MODELS = {"openvla": words, "openvla oft": chunks, "smolvla": lerobot, "edge": e
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("kind", ["torchscript", "onnx"])
-def test_a_published_structure_is_a_graph(tmp_path: Path, name: str, kind: str) -> None:
-    if kind == "onnx":
-        pytest.importorskip("onnxruntime")
+def test_a_published_structure_is_a_graph(tmp_path: Path, name: str) -> None:
     made = MODELS[name](tmp_path)
-    check_alike(made, exported(tmp_path / "graph", made, kind), observations(made, 6, seed=5))
+    check_alike(made, exported(tmp_path / "graph", made, "torchscript"), observations(made, 6, seed=5))
+
+
+def test_a_graph_refuses_what_openvla_refuses(tmp_path: Path) -> None:
+    """A question that is missing is never answered."""
+    made = words(tmp_path)
+    found = exported(tmp_path / "graph", made, "torchscript")
+    (seen, *_) = observations(made, 1)
+    silent = dataclasses.replace(seen, present={**seen.present, "task": False})
+    for policy in (found, CheckpointPolicy(made)):
+        with pytest.raises(VlaError, match=r"instruction: missing.*set missing to refuse for it in the contract"):
+            policy.predict(silent)
+
+
+def test_bfloat16_is_a_torchscript_graph_alone(tmp_path: Path) -> None:
+    folder = published_openvla.publish(tmp_path / "bf16", dtype=torch.bfloat16)
+    made = openvla.load(folder, CONTRACT, unnorm_key="arm")
+    found = exported(tmp_path / "graph", made, "torchscript")
+    check_alike(made, found, observations(made, 4, seed=5))
+    with pytest.raises(ExportError, match=r"onnx: the model 'openvla' has bfloat16 weights.*--format torchscript, or"):
+        export(made, tmp_path / "onnx", ExportOptions(kind="onnx"))
+    assert not (tmp_path / "onnx").exists()
+
+
+def test_placeholders_are_refused(tmp_path: Path) -> None:
+    made = edge(tmp_path)
+    language = dataclasses.replace(made.config.model.language, injected="placeholder", placeholder_id=3)
+    config = dataclasses.replace(made.config, model=dataclasses.replace(made.config.model, language=language))
+    with pytest.raises(ExportError, match=r"injected: found 'placeholder'.*choices: after_text, before_text"):
+        export(dataclasses.replace(made, config=config), tmp_path / "graph", ExportOptions(kind="onnx"))

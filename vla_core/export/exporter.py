@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from vla_core.checkpoint import Checkpoint
 from vla_core.config import ConfigError
 from vla_core.export import quantize, verify, writers
 from vla_core.export.engines import library
 from vla_core.export.feed import ExportError
-from vla_core.export.graph import PolicyGraph, draws_of, example, output_ports
+from vla_core.export.graph import PolicyGraph, check_exportable, draws_of, example, output_ports
 from vla_core.export.policy import ExportedPolicy
 from vla_core.export.record import (
     FORMATS,
@@ -73,6 +75,8 @@ def export(
     :class:`ExportError` is raised and nothing is left. ``succeed`` measures both in simulation, of the folder.
     """
     check_replaceable(out)
+    check_exportable(checkpoint)
+    _check_weights(checkpoint, options)
     if options.kind == "tensorrt":
         library("tensorrt")
     with new_folder(out) as folder:
@@ -94,6 +98,15 @@ def measure(checkpoint: Checkpoint, folder: Path, options: ExportOptions) -> Agr
         lambda observation: eager.predict(observation).actions, exported.answer, seen,
         verify.half_range(checkpoint), options.largest,
     )  # fmt: skip
+
+
+def _check_weights(checkpoint: Checkpoint, options: ExportOptions) -> None:
+    """ONNX has no convolution of bfloat16, and no engine here runs one; as float32 it would be another policy."""
+    narrow = any(weight.dtype == torch.bfloat16 for weight in checkpoint.model.parameters())
+    if narrow and options.kind != "torchscript":
+        raise ExportError(f"--format {options.kind}: the model {checkpoint.config.model.type!r} has bfloat16 weights, "
+                          "of which ONNX has no convolutions; choices: --format torchscript, or a checkpoint whose "
+                          "dtype is float32")  # fmt: skip
 
 
 def _check(found: Agreement, options: ExportOptions) -> None:

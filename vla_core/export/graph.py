@@ -134,6 +134,9 @@ def check_exportable(checkpoint: Checkpoint) -> None:
     if config.execution.strategy == "rtc":
         raise ExportError("execution.strategy: found 'rtc', which guides each sampling by its gradient, and a graph "
                           "has none; choices: blend, ensemble, receding (--execution strategy=blend)")  # fmt: skip
+    if getattr(getattr(config.model, "language", None), "injected", None) == "placeholder":
+        raise ExportError("model.language.injected: found 'placeholder', whose places in the words a graph does not "
+                          "know before; choices: after_text, before_text")  # fmt: skip
     if config.observation.history > 1 and getattr(checkpoint.model, "remembers", "everything") != "state":
         raise ExportError(f"observation.history: the model {config.model.type!r} remembers pictures and sensors of "
                           "past ticks, and only states of them are exported")  # fmt: skip
