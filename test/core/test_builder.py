@@ -209,3 +209,13 @@ def test_one_of_those_that_must_see_is_enough(
         seen = builder.build(buffer, at_ns)
         assert {name for name in sees if seen.present[name]} == there
         assert builder.absent(buffer, at_ns) == builder.lost(buffer, at_ns) == []
+
+
+def test_a_long_window_of_one_stream_keeps_no_pictures_of_another() -> None:
+    """Each stream reaches as far back as it may be asked for, twice; eight seconds of pictures are of no use."""
+    contract = with_stream("arm", sampling="window", window_s=8.0)
+    builder = ObservationBuilder(contract, dataclasses.replace(SPEC, state=(), sequences=("arm",)))
+    stamps = [START + k * 100 * MS for k in range(200)]
+    buffer = filled(builder, task(START, "lift it"), *(camera(t, 1) for t in stamps), *(arm(t, 0.1, 1) for t in stamps))
+    held = {name: buffer.statistics(name).messages for name in ("camera", "arm")}
+    assert held["arm"] == 2 * 80 + 1 and held["camera"] <= 20

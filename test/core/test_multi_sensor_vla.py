@@ -20,6 +20,7 @@ from vla_core.errors import VlaError
 from vla_core.model.action_head.base import ACTION_HEAD_REGISTRY
 from vla_core.model.fusion.sensor_fusion import FiLMFusionConfig, HierarchicalConfig, PooledFusionConfig
 from vla_core.model.inputs import Masked, ModelInputs
+from vla_core.model.sensor import PathConfig
 from vla_core.model.sensor.bev import BEVConfig, GridConfig
 from vla_core.model.vla import MultiSensorConfig, MultiSensorVLA, build_model
 from vla_core.model.vla.multi_sensor_vla import pose_matrix, token_grid
@@ -380,6 +381,29 @@ def test_an_instruction_chooses_between_two_ways_that_are_seen() -> None:
     assert (chunk_of(model, other) * way < 0).float().mean() > 0.95, "the same place and the other word: the other way"
 
 
+def test_the_way_behind_chooses_between_two_ways_that_are_seen() -> None:
+    """The words are the same; who came by a curve to the left takes the way to the left."""
+    torch.manual_seed(0)
+    config = driver(sequences={"way": ("speed", "yaw_rate")}, sensors={"way": PathConfig(points=4)}, guides=("way",))
+    model = MultiSensorVLA(config).train()
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+
+    def came(inputs: ModelInputs) -> ModelInputs:
+        turned = torch.where(inputs.tokens == 2, 0.4, -0.4)[:, :, None].expand(-1, 150, 1)
+        way = Masked(torch.cat([torch.full_like(turned, 3.0), turned], dim=-1), torch.ones(len(turned), 150).bool())
+        return dataclasses.replace(inputs, tokens=torch.full_like(inputs.tokens, 2), sequences={"way": way})
+
+    for step in range(160):
+        inputs, way = crossing(32, step)
+        loss = model.loss(came(inputs), way, torch.ones(32, 1, dtype=torch.bool))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    inputs, way = crossing(64, 10_000)
+    error = (chunk_of(model, came(inputs)) - way).abs().mean()
+    assert error < 0.25, f"{error:.2f} m; who knows the side alone is off by 0.5 m"
+
+
 def test_a_radar_of_several_may_be_lost() -> None:
     model, (inputs, _) = MultiSensorVLA(driver()).eval(), crossing(4, 0)
     gone = Masked(inputs.clouds["right"].values * float("nan"), torch.zeros_like(inputs.clouds["right"].mask))
@@ -396,6 +420,8 @@ def test_a_radar_of_several_may_be_lost() -> None:
         ({"clouds": {"left": ROAD, "right": ROAD[:3]}}, "bev_merged.radar: expected clouds of the same columns, found "
                                                         "left: x, y, z, intensity; right: x, y, z"),
         ({"bev": BEVConfig(patch=4), "summary": False}, "conditioned: needs a bev with stages"),
+        ({"guides": ("way",)}, "guides: no encoder of a stream 'way'; choices: \\(none\\)"),
+        ({"guides": ("way",), "conditioned": False, "summary": False}, "guides: have nothing to guide"),
         ({"mounts": {"left": (0.0,) * 6 + (1.0,)}}, "mounts: lack right, which the bev places by it"),
     ],
 )  # fmt: skip

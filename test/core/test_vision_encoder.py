@@ -366,6 +366,25 @@ def test_tiny_cnn_tokens_know_their_places() -> None:
     torch.testing.assert_close(content, content[:1, :1].expand_as(content), atol=1e-5, rtol=1e-4)
 
 
+@torch.no_grad()
+def test_normalized_tokens_of_a_new_tiny_cnn_tell_pictures_apart() -> None:
+    """A black and a grey corner: without a norm the biases of three layers are louder than what is seen."""
+    torch.manual_seed(0)
+    pictures = torch.rand(1, 3, 32, 32).repeat(2, 1, 1, 1)
+    pictures[1, :, :16] = 0.5
+    told = {}
+    for norm in ("none", "group"):
+        encoder = TinyCNNEncoder(TinyCNNEncoderConfig(image_size=32, channels=(8, 16, 32), output_dim=16, norm=norm))
+        features = encoder.convolutions((pictures - 0.5) * 4.0 if norm == "group" else pictures)
+        told[norm] = float((features[0] - features[1]).std() / features.std())
+    assert told["group"] > 2 * told["none"]
+
+
+def test_layers_that_have_no_groups_of_channels() -> None:
+    with pytest.raises(ConfigError, match=r"norm group needs multiples of 8, found \[12\]"):
+        TinyCNNEncoderConfig(channels=(12,), norm="group")
+
+
 def test_places_against_the_formula() -> None:
     found = places(3, 2, 8)
     for row in range(3):

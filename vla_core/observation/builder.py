@@ -121,18 +121,22 @@ class ObservationBuilder:
         return max(map(ahead_ns, self.streams.values()), default=0) + max(odometry, default=0)
 
     def make_buffer(self, max_bytes: int = DEFAULT_MAX_BYTES) -> MemoryBuffer:
-        """A buffer for the streams of the spec, as long as the oldest sample that may be asked for, twice."""
-        behind = max((behind_ns(stream) for stream in self.streams.values()), default=0)
-        behind += (self.spec.history - 1) * self.contract.step_ns
-        span_ns = 2 * max(behind, NANOSECONDS // 2) + self.lookahead_ns
-        fastest = max((stream.rate_hz or 0.0 for stream in self.streams.values()), default=0.0)
+        """A buffer for the streams of the spec, each as long as the oldest sample that may be asked for, twice."""
+        spans = {name: 2 * max(self._behind_ns(name), NANOSECONDS // 2) + self.lookahead_ns for name in self.streams}
+        most = max((spans[name] * (stream.rate_hz or 0.0) for name, stream in self.streams.items()), default=0.0)
         return MemoryBuffer(
             self.streams,
             latched=[name for name, stream in self.streams.items() if stream.latched],
-            span_ns=span_ns,
+            span_ns=spans,
             max_bytes=max_bytes,
-            max_messages=max(DEFAULT_MAX_MESSAGES, math.ceil(2 * fastest * span_ns / NANOSECONDS)),
+            max_messages=max(DEFAULT_MAX_MESSAGES, math.ceil(2 * most / NANOSECONDS)),
         )
+
+    def _behind_ns(self, name: str) -> int:
+        """How far behind the newest tick the oldest message of a stream may be asked for."""
+        moved = [cloud for cloud, seen in self.spec.clouds.items() if seen.ego_motion == name]  # at a cloud's stamp
+        behind = behind_ns(self.streams[name]) + max((behind_ns(self.streams[cloud]) for cloud in moved), default=0)
+        return behind + (self.spec.history - 1) * self.contract.step_ns
 
     def due(self, buffer: MemoryBuffer, at_ns: int) -> list[str]:
         """Streams of which a newer message is still to be expected at ``at_ns``, by their rates.

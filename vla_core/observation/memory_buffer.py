@@ -14,7 +14,7 @@ from __future__ import annotations
 import bisect
 import threading
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -106,7 +106,7 @@ class MemoryBuffer:
     Args:
         names: streams to keep; others are refused with ``KeyError``.
         latched: streams whose newest message holds for ever and survives :meth:`start_episode`.
-        span_ns: how far back each stream reaches from its newest message.
+        span_ns: how far back each stream reaches from its newest message; of streams with spans of their own by name.
         max_bytes: bound of each stream's data; the newest message is kept even when it alone is larger.
         max_messages: bound of each stream's number of messages.
     """
@@ -115,14 +115,15 @@ class MemoryBuffer:
         self,
         names: Iterable[str],
         latched: Iterable[str] = (),
-        span_ns: int = DEFAULT_SPAN_NS,
+        span_ns: int | Mapping[str, int] = DEFAULT_SPAN_NS,
         max_bytes: int = DEFAULT_MAX_BYTES,
         max_messages: int = DEFAULT_MAX_MESSAGES,
     ) -> None:
         self._rings = {name: _Ring() for name in names}
         self._latched = frozenset(latched)
-        self._span_ns = span_ns
-        self._set_back_ns = min(span_ns, SET_BACK_NS)
+        spans = span_ns if isinstance(span_ns, Mapping) else dict.fromkeys(self._rings, span_ns)
+        self._span_ns = {name: spans[name] for name in self._rings}
+        self._set_back_ns = {name: min(span, SET_BACK_NS) for name, span in self._span_ns.items()}
         self._max_bytes = max_bytes
         self._max_messages = max_messages
         self._not_before_ns = 0
@@ -148,10 +149,10 @@ class MemoryBuffer:
                 return False
             if name in self._latched:
                 ring.clear()
-            elif self._not_before_ns - self._span_ns <= stamp_ns < self._not_before_ns:
+            elif self._not_before_ns - self._span_ns[name] <= stamp_ns < self._not_before_ns:
                 ring.late += 1  # from the end of the last episode; older still is a clock that was set back
                 return False
-            elif ring.stamps and stamp_ns < ring.stamps[-1] - self._set_back_ns:
+            elif ring.stamps and stamp_ns < ring.stamps[-1] - self._set_back_ns[name]:
                 ring.resets += 1
                 ring.clear()
             if not ring.insert(stamp_ns, data):
@@ -159,7 +160,7 @@ class MemoryBuffer:
                 ring.repeated += 1
                 return False
             ring.repeated = 0
-            self._trim(ring)
+            self._trim(ring, self._span_ns[name])
             kept = ring.stamps[0] <= stamp_ns
             ring.late += not kept
             return kept
@@ -219,7 +220,7 @@ class MemoryBuffer:
             for name, ring in self._rings.items():
                 if name in self._latched:
                     continue
-                if ring.stamps and ring.stamps[-1] > stamp_ns + self._set_back_ns:
+                if ring.stamps and ring.stamps[-1] > stamp_ns + self._set_back_ns[name]:
                     ring.clear()  # no message overtakes its episode's mark by so much: the clock was set back
                 ring.drop_before(stamp_ns)
                 ring.first_ns = ring.stamps[0] if ring.stamps else None
@@ -237,8 +238,8 @@ class MemoryBuffer:
         with self._lock:
             return sum(ring.size for ring in self._rings.values())
 
-    def _trim(self, ring: _Ring) -> None:
-        ring.drop_before(ring.stamps[-1] - self._span_ns)
+    def _trim(self, ring: _Ring, span_ns: int) -> None:
+        ring.drop_before(ring.stamps[-1] - span_ns)
         while len(ring.stamps) > 1 and (ring.size > self._max_bytes or len(ring.stamps) > self._max_messages):
             ring.drop_first()
             ring.evicted += 1

@@ -7,6 +7,8 @@ from vla_core.model.sensor.imu_encoder import IMUConfig as IMUConfig
 from vla_core.model.sensor.imu_encoder import IMUEncoder as IMUEncoder
 from vla_core.model.sensor.lidar_encoder import PointCloudConfig as PointCloudConfig
 from vla_core.model.sensor.lidar_encoder import PointCloudEncoder as PointCloudEncoder
+from vla_core.model.sensor.path_encoder import PathConfig as PathConfig
+from vla_core.model.sensor.path_encoder import PathEncoder as PathEncoder
 from vla_core.model.sensor.radar_encoder import RadarConfig as RadarConfig
 from vla_core.model.sensor.radar_encoder import RadarEncoder as RadarEncoder
 from vla_core.model.sensor.state_encoder import StateConfig as StateConfig

@@ -34,9 +34,10 @@ class MultiSensorRecipe(VLARecipe):
     ``sensors``     an encoder for each cloud, sequence or map, by the stream's name
     ``bev``         the bird's eye view, of the cameras whose calibration is seen and of ``bev_clouds``
     ``bev_merged``  clouds of the same columns that are one of ``bev_clouds`` together, by its name: radars all round
-    ``conditioned`` the instruction and the state modulate the stages of ``bev``
-    ``summary``     the readout tokens begin as a summary of the fused tokens, the instruction and the state: a way to
-                    the head that needs no attention to be learned first
+    ``conditioned`` the instruction, the state and ``guides`` modulate the stages of ``bev``
+    ``guides``      streams of ``sensors`` that say, as the instruction does, what to look for
+    ``summary``     the readout tokens begin as a summary of the fused tokens, the instruction, the state and
+                    ``guides``: a way to the head that needs no attention to be learned first
     ``fusion``      of ``vision``, the streams of ``sensors`` and ``bev``
     ``mounts``      where a sensor is in the robot's base frame, by stream: x, y, z in m and the quaternion x, y, z, w;
                     of a camera its optical frame. The bird's eye view needs those of its sources
@@ -48,6 +49,7 @@ class MultiSensorRecipe(VLARecipe):
     bev_clouds: tuple[str, ...] = ()
     bev_merged: dict[str, tuple[str, ...]] = field(default_factory=dict)
     conditioned: bool = False
+    guides: tuple[str, ...] = ()
     summary: bool = False
     fusion: Annotated[Any, FUSION_REGISTRY] = field(default_factory=CrossModalConfig)
     mounts: dict[str, Pose] = field(default_factory=dict)
@@ -64,6 +66,8 @@ class MultiSensorRecipe(VLARecipe):
             raise ConfigError(f"bev_merged.{unused[0]}: expected one of bev_clouds: {choices(self.bev_clouds)}")
         if self.conditioned and not (self.bev and self.bev.stages):
             raise ConfigError("conditioned: needs a bev with stages, which the instruction modulates")
+        if self.guides and not (self.conditioned or self.summary):
+            raise ConfigError("guides: have nothing to guide; expected conditioned or summary")
 
     def members(self, cloud: str) -> tuple[str, ...]:
         """The streams of one of ``bev_clouds``."""
@@ -105,6 +109,10 @@ class MultiSensorConfig(MultiSensorRecipe, VLAConfig):
             if len({self.clouds[name] for name in names}) != 1:
                 found = "; ".join(f"{name}: {', '.join(self.clouds[name])}" for name in names)
                 raise ConfigError(f"bev_merged.{cloud}: expected clouds of the same columns, found {found}")
+        for name in self.guides:
+            if name not in self.sensors and name not in self.own_sensors:
+                raise ConfigError(f"guides: no encoder of a stream {name!r}; choices: "
+                                  f"{choices([*self.sensors, *self.own_sensors])}")  # fmt: skip
         if self.bev is not None and not (self.calibrated or self.bev_clouds):
             raise ConfigError("bev: nothing to see from above; expected calibrated cameras or bev_clouds")
         unmounted = [name for name in self.bev_sources if name not in self.mounts]
@@ -160,7 +168,7 @@ class MultiSensorVLA(VLAModel):
         self.sensors = nn.ModuleDict(encoders)
         widths: dict[str, Any] = {name: encoder.output_dim for name, encoder in encoders.items()}
         self.widen = nn.ModuleDict({name: nn.Linear(width, self.width) for name, width in widths.items()})
-        known = self.language.output_dim + self.width
+        known = self.language.output_dim + (1 + len(config.guides)) * self.width
         self.condition = nn.Linear(known, self.width) if config.conditioned or config.summary else None
         self.summary = nn.Linear(2 * self.width, self.readout.numel()) if config.summary else None
         self.bev = self._bev(config)
@@ -230,13 +238,14 @@ class MultiSensorVLA(VLAModel):
         return learned + self.summary(scene).view_as(learned)
 
     def known(self, inputs: ModelInputs) -> Tensor:
-        """What was said and how the robot moves (B, D), 0 where that is missing."""
+        """What was said, how the robot moves and what the guides tell (B, D), 0 where that is missing."""
         assert self.condition is not None
         said = masked_mean(self.language(inputs.tokens, mask=inputs.token_mask, cache=self._cache(inputs)))
         moving = said.new_zeros(len(said), self.width)
         if self.state is not None:
             moving = masked_mean(self.state(inputs.state, inputs.state_mask))
-        return self.condition(torch.cat([said, moving], dim=-1)).relu()
+        told = [masked_mean(self._sense(name, self.sensors[name], inputs)) for name in self._config.guides]
+        return self.condition(torch.cat([said, moving, *told], dim=-1)).relu()
 
     def _pose(self, name: str, inputs: ModelInputs) -> Masked:
         if name in inputs.extrinsics:

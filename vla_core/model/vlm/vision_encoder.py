@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
@@ -48,18 +48,27 @@ class TinyCNNConfig:
     sharpness: float = 1.0
 
     def __post_init__(self) -> None:
-        if not self.channels:
-            raise ConfigError("channels: expected at least one layer, found none")
+        _check_layers(self.channels, self.norm)
         if self.strides and len(self.strides) != len(self.channels):
             raise ConfigError(f"strides: expected one a layer ({len(self.channels)}), found {list(self.strides)}")
         if any(stride < 1 for stride in self.strides):
             raise ConfigError(f"strides: expected at least 1, found {list(self.strides)}")
-        if self.norm == "group" and any(width % GROUP for width in self.channels):
-            raise ConfigError(f"channels: norm group needs multiples of {GROUP}, found {list(self.channels)}")
         if self.norm == "none" and self.sharpness != 1.0:
             raise ConfigError(f"sharpness: belongs to norm group, found {self.sharpness} without it")
         if not 0 < self.sharpness < float("inf"):
             raise ConfigError(f"sharpness: expected a positive number, found {self.sharpness}")
+
+
+def _check_layers(channels: Sequence[int], norm: str) -> None:
+    if not channels:
+        raise ConfigError("channels: expected at least one layer, found none")
+    if norm == "group" and any(width % GROUP for width in channels):
+        raise ConfigError(f"channels: norm group needs multiples of {GROUP}, found {list(channels)}")
+
+
+def _centred(image: Tensor) -> Tensor:
+    """Pixels of [0, 1] with a standard deviation of about 1 around 0."""
+    return (image - 0.5) * 4.0
 
 
 def spatial_softmax(features: Tensor) -> Tensor:
@@ -112,7 +121,7 @@ class ImageEncoderTinyCNN(nn.Module):
         self.norm = nn.LayerNorm(config.d_model)
 
     def forward(self, image: Tensor) -> Tensor:
-        pixels = (image - 0.5) * 4.0 if self.centred else image  # a standard deviation of about 1
+        pixels = _centred(image) if self.centred else image
         pixels = pixels.to(self.project.weight.dtype)
         out: Tensor = self.norm(self.project(self.pool(self.convolutions(pixels))))
         return out
@@ -428,17 +437,17 @@ class MobileNetV2(VisionEncoderBase):
 
 @dataclass(frozen=True, kw_only=True)
 class TinyCNNEncoderConfig(ImageEncoderConfig):
-    """Widths of :class:`TinyCNNEncoder`; each channel halves the image."""
+    """Widths of :class:`TinyCNNEncoder`; each channel halves the image. ``norm`` as in :class:`TinyCNNConfig`."""
 
     type: Literal["tiny_cnn"] = "tiny_cnn"
     image_size: int | tuple[int, int] = 64
     output_dim: int = 128
     channels: tuple[int, ...] = (32, 64, 128)
+    norm: Literal["none", "group"] = "none"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.channels:
-            raise ConfigError("channels: expected at least one layer, found none")
+        _check_layers(self.channels, self.norm)
         if self.output_dim % 4:
             raise ConfigError(f"output_dim: expected a multiple of 4, found {self.output_dim}")
 
@@ -455,8 +464,12 @@ class TinyCNNEncoder(VisionEncoderBase):
         layers: list[nn.Module] = []
         for i, (width_in, width) in enumerate(pairwise(widths)):
             kernel = 5 if i == 0 else 3
-            layers += [nn.Conv2d(width_in, width, kernel, stride=2, padding=kernel // 2), nn.ReLU()]
+            layers.append(nn.Conv2d(width_in, width, kernel, stride=2, padding=kernel // 2))
+            if config.norm == "group":
+                layers.append(nn.GroupNorm(width // GROUP, width))
+            layers.append(nn.ReLU())
         self.convolutions = nn.Sequential(*layers)
+        self.centred = config.norm == "group"
         self.project = nn.Linear(widths[-1], config.output_dim)
         self.norm = nn.LayerNorm(config.output_dim)
         cell = 2 ** len(config.channels)
@@ -467,7 +480,8 @@ class TinyCNNEncoder(VisionEncoderBase):
             self.freeze()
 
     def encode(self, images: Tensor) -> Tensor:
-        pixels = images.to(self.project.weight.dtype, memory_format=torch.channels_last)  # half the time on a CPU
+        pixels = _centred(images) if self.centred else images
+        pixels = pixels.to(self.project.weight.dtype, memory_format=torch.channels_last)  # half the time on a CPU
         features = self.convolutions(pixels).flatten(2).transpose(1, 2)  # (M, N, C)
         return self.norm(self.project(features)) + self.places
 

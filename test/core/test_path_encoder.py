@@ -1,0 +1,86 @@
+"""The path encoder: dead reckoning against circles and an integrator of SciPy, and what is absent."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.integrate import solve_ivp
+
+from vla_core.config import ConfigError
+from vla_core.errors import VlaError
+from vla_core.model.sensor import PathConfig, PathEncoder
+from vla_core.model.sensor.path_encoder import reckoned
+
+STEP_S = 0.02
+
+
+@given(speed=st.floats(0.5, 12.0), rate=st.floats(-0.8, 0.8).filter(lambda w: abs(w) > 0.01), rows=st.integers(2, 500))
+def test_a_circle_behind_lies_on_that_circle(speed: float, rate: float, rows: int) -> None:
+    path = reckoned(torch.tensor([[[speed, rate]]], dtype=torch.float64).expand(1, rows, 2), STEP_S)[0].numpy()
+    ago = STEP_S * np.arange(1 - rows, 1)
+    x, y = speed / rate * np.sin(rate * ago), speed / rate * (1 - np.cos(rate * ago))
+    np.testing.assert_allclose(path[:, 2], rate * ago, atol=1e-9)  # turned by more than half a circle, too
+    # A chord of the step's angle a is shorter than its arc by a share of a^2 / 24.
+    bound = (rate * STEP_S) ** 2 / 24 * speed * STEP_S * rows + 1e-9
+    assert np.hypot(path[:, 0] - x, path[:, 1] - y).max() <= 1.01 * bound
+
+
+def test_any_way_is_that_of_an_integrator() -> None:
+    def speeds(t: float) -> tuple[float, float]:
+        return 6.0 + 3.0 * np.sin(0.7 * t), 0.5 * np.cos(1.3 * t) + 0.2
+
+    times = STEP_S * np.arange(1, 401)
+    # Each row's speeds are those of the middle of its step.
+    values = torch.tensor([speeds(t - STEP_S / 2) for t in times], dtype=torch.float64)[None]
+    found = reckoned(values, STEP_S)[0].numpy()
+
+    def moving(t: float, place: np.ndarray) -> tuple[float, float, float]:
+        ahead, turning = speeds(t)
+        return ahead * np.cos(place[2]), ahead * np.sin(place[2]), turning
+
+    driven = solve_ivp(moving, (0, times[-1]), (0.0, 0.0, 0.0), t_eval=times, rtol=1e-9, atol=1e-9).y.T
+    back = driven[-1, 2]
+    rotation = np.array([[np.cos(back), np.sin(back)], [-np.sin(back), np.cos(back)]])
+    np.testing.assert_allclose(found[:, :2], (driven[:, :2] - driven[-1, :2]) @ rotation.T, atol=2e-3)
+    np.testing.assert_allclose(found[:, 2], driven[:, 2] - back, atol=1e-4)
+
+
+def test_what_is_absent_has_no_influence_and_a_short_way_is_not_one_of_standing() -> None:
+    torch.manual_seed(0)
+    encoder = PathEncoder(PathConfig(points=5)).eval()
+    values = torch.tensor([4.0, 0.3]).expand(2, 40, 2).clone()
+    values[:, :20] = float("nan")
+    mask = torch.arange(40).expand(2, 40) >= 20
+    mask = mask & torch.tensor([True, False])[:, None]
+    values[1] = float("inf")
+    tokens = encoder(values, mask)
+    assert tokens.values.shape == (2, 1, 64) and tokens.values.isfinite().all()
+    assert tokens.mask.tolist() == [[True], [False]]
+    stood = torch.cat([torch.zeros(1, 20, 2), values[:1, 20:]], dim=1)
+    assert not torch.allclose(encoder(stood).values, tokens.values[:1], atol=1e-3)
+
+
+def test_half_precision_keeps_the_metres() -> None:
+    torch.manual_seed(0)
+    encoder = PathEncoder(PathConfig()).eval()
+    values = torch.tensor([[[9.0, 0.05]]]).expand(1, 400, 2)
+    whole = encoder(values).values
+    assert torch.allclose(encoder.bfloat16()(values).values.float(), whole, atol=0.06)
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"rate_hz": 0.0}, "rate_hz: expected a positive number, found 0.0"),
+    ({"length_m": float("nan")}, "length_m: expected a positive number, found nan"),
+    ({"points": 0}, "points: expected at least 1, found 0"),
+])  # fmt: skip
+def test_configurations_that_cannot_be(changes: dict[str, float], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        PathConfig(**changes)  # type: ignore[arg-type]
+
+
+def test_columns_that_are_no_speeds() -> None:
+    with pytest.raises(VlaError, match="2 columns, the forward speed and the yaw rate; found 6"):
+        PathEncoder(PathConfig(), input_dim=6)
