@@ -13,10 +13,11 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -33,6 +34,7 @@ from vla_core.observation.builder import ObservationSpec
 from vla_core.observation.normalizer import Normalization, Normalizer, Statistics, entry_names
 from vla_core.runtime.execution import Execution
 
+T = TypeVar("T")
 FORMAT = "vla_ros_checkpoint_v1"
 FILES = hub.CHECKPOINT_FILES
 MIXTURE_FILE = "dataset_statistics.json"
@@ -105,18 +107,7 @@ class Checkpoint:
         ``sensor_encoders`` of a ``MultiSensorVLA``; their weights are in the checkpoint.
         """
         path = Path(path)
-        absent = [name for name in FILES if not (path / name).is_file()]
-        if absent:
-            there = ", ".join(sorted(p.name for p in path.iterdir())) if path.is_dir() else "no such folder"
-            raise CheckpointError(f"{path}: not a checkpoint: {', '.join(absent)} missing; found: {there or 'nothing'}")
-        data = read_json(path / "config.json")
-        if not isinstance(data, dict) or data.get("format") != FORMAT:
-            found = data.get("format") if isinstance(data, dict) else type(data).__name__
-            raise CheckpointError(f"{path}: config.json has format {found!r}, expected {FORMAT!r}")
-        try:
-            config = from_dict(PolicyConfig, data)
-        except ConfigError as error:
-            raise CheckpointError(f"{path}/config.json: {error}") from None
+        config = read_config(path, PolicyConfig, FORMAT, FILES, "checkpoint")
         contract = RobotContract.load(path / "contract.yaml")
         mixture = _mixture(path)
         statistics = _chosen(path, dataset, mixture)
@@ -264,6 +255,22 @@ def replace_folder(partial: Path, path: Path) -> None:
 def write_json(path: Path, data: Any) -> None:
     """Plain data as a file."""
     path.write_text(json.dumps(data, indent=1), encoding="utf-8")
+
+
+def read_config(path: Path, kind: type[T], format_: str, files: Sequence[str], what: str) -> T:
+    """The ``config.json`` of a folder that has all of ``files``, as ``kind``; raises :class:`CheckpointError`."""
+    absent = [name for name in files if not (path / name).is_file()]
+    if absent:
+        there = ", ".join(sorted(p.name for p in path.iterdir())) if path.is_dir() else "no such folder"
+        raise CheckpointError(f"{path}: not a {what}: {', '.join(absent)} missing; found: {there or 'nothing'}")
+    data = read_json(path / "config.json")
+    if not isinstance(data, dict) or data.get("format") != format_:
+        found = data.get("format") if isinstance(data, dict) else type(data).__name__
+        raise CheckpointError(f"{path}: config.json has format {found!r}, expected {format_!r}")
+    try:
+        return from_dict(kind, data)
+    except ConfigError as error:
+        raise CheckpointError(f"{path}/config.json: {error}") from None
 
 
 def read_json(path: Path) -> Any:

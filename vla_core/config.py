@@ -20,6 +20,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 import yaml
 
 from vla_core.errors import VlaError, choices
+from vla_core.resources import share
 
 T = TypeVar("T")
 _EXPONENT = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+")  # 1e-3 is a text to YAML 1.1
@@ -57,6 +58,22 @@ def load_yaml(path: Path | str) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: expected a mapping at the top, found {type(data).__name__}")
     return data
+
+
+def config_file(name: Path | str, place: str, what: str) -> Path:
+    """The file ``name``, or the shipped one of that name in the folder ``place``, such as "config/train".
+
+    Raises :class:`ConfigError` with the names of those that there are; ``what`` one of them is, such as "recipe".
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    folder = share(place)
+    path = folder / f"{name}.yaml"
+    if not path.is_file():
+        raise ConfigError(f"no {what} {str(name)!r}; choices: {choices(p.stem for p in folder.glob('*.yaml'))}, or the "
+                          "path of a YAML file")  # fmt: skip
+    return path
 
 
 def override(data: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]:

@@ -14,9 +14,8 @@ from typing import Any, Literal
 import numpy as np
 import yaml
 
-from vla_core.config import ConfigError, from_dict, load_yaml, to_dict
+from vla_core.config import ConfigError, config_file, from_dict, load_yaml, to_dict
 from vla_core.errors import VlaError, choices
-from vla_core.resources import share
 
 NANOSECONDS = 1_000_000_000
 
@@ -463,17 +462,14 @@ class RobotContract:
     @classmethod
     def load(cls, name: Path | str) -> RobotContract:
         """Read a contract by file name, or by the name of one in ``config/robots``."""
-        path = Path(name)
-        if not path.is_file():
-            folder = share("config/robots")
-            path = folder / f"{name}.yaml"
-            if not path.is_file():
-                known = choices(p.stem for p in folder.glob("*.yaml"))
-                raise ContractError(f"no contract {str(name)!r}; choices: {known}, or the path of a YAML file")
+        path: Path | None = None
         try:
+            path = config_file(name, "config/robots", "contract")
             return from_dict(cls, load_yaml(path))
         except ConfigError as error:
             message = str(error)
+            if path is None:
+                raise ContractError(message) from None
             raise ContractError(message if message.startswith(str(path)) else f"{path}: {message}") from None
 
 

@@ -17,8 +17,16 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from vla_core import hub
-from vla_core.checkpoint import CheckpointError, fingerprint, load_weights, read_json, replace_folder, write_json
-from vla_core.config import ConfigError, from_dict, to_dict
+from vla_core.checkpoint import (
+    CheckpointError,
+    fingerprint,
+    load_weights,
+    read_config,
+    read_json,
+    replace_folder,
+    write_json,
+)
+from vla_core.config import ConfigError, to_dict
 from vla_core.contract import RobotContract
 from vla_core.model.inputs import ModelInputs
 from vla_core.model.vla.sizes import columns, model_sizes
@@ -88,18 +96,7 @@ class WorldCheckpoint:
     def load(cls, path: Path | str) -> WorldCheckpoint:
         """Read a folder strictly; raises :class:`CheckpointError` naming what is missing or does not fit."""
         path = hub.local_folder(path)
-        absent = [name for name in FILES if not (path / name).is_file()]
-        if absent:
-            there = ", ".join(sorted(p.name for p in path.iterdir())) if path.is_dir() else "no such folder"
-            raise CheckpointError(f"{path}: no world model: {', '.join(absent)} missing; found: {there or 'nothing'}")
-        data = read_json(path / "config.json")
-        if not isinstance(data, dict) or data.get("format") != FORMAT:
-            found = data.get("format") if isinstance(data, dict) else type(data).__name__
-            raise CheckpointError(f"{path}: config.json has format {found!r}, expected {FORMAT!r}")
-        try:
-            config = from_dict(WorldConfig, data)
-        except ConfigError as error:
-            raise CheckpointError(f"{path}/config.json: {error}") from None
+        config = read_config(path, WorldConfig, FORMAT, FILES, "world model")
         contract = RobotContract.load(path / "contract.yaml")
         fitting = world_sizes(config.observation, contract)
         for key, expected in fitting.items():

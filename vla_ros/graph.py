@@ -34,9 +34,8 @@ from typing import Any
 
 import yaml
 
-from vla_core.config import ConfigError, from_dict, load_yaml
+from vla_core.config import ConfigError, config_file, from_dict, load_yaml
 from vla_core.errors import choices
-from vla_core.resources import share
 
 Scalar = str | bool | int | float
 
@@ -91,7 +90,7 @@ def load_graph(path: Path | str) -> Graph:
     Raises:
         ConfigError: naming the file and the dotted path of what is wrong, with the choices.
     """
-    path = _find(path)
+    path = config_file(path, "config/graphs", "graph")
     data = load_yaml(path)
     try:
         graph = from_dict(Graph, data)
@@ -99,17 +98,6 @@ def load_graph(path: Path | str) -> Graph:
         raise ConfigError(f"{path}: {error}") from None
     folder = path.resolve().parent
     return replace(graph, nodes=tuple(_with_absolute_files(node, folder) for node in graph.nodes))
-
-
-def _find(name: Path | str) -> Path:
-    if Path(name).is_file():
-        return Path(name)
-    folder = share("config/graphs")
-    path = folder / f"{name}.yaml"
-    if not path.is_file():
-        known = choices(file.stem for file in folder.glob("*.yaml"))
-        raise ConfigError(f"no graph {str(name)!r}; choices: {known}, or the path of a YAML file")
-    return path
 
 
 def resolve(graph: Graph, given: Mapping[str, Scalar]) -> tuple[Node, ...]:

@@ -13,8 +13,6 @@ from .exported import check_alike, exported
 from .test_export_models import MODELS
 from .whole_models import one_thread  # noqa: F401 - a fixture
 
-pytest.importorskip("onnxruntime")
-
 
 @pytest.mark.parametrize("name", ["memory", "range-Doppler map"])
 def test_a_model_is_a_graph(tmp_path: Path, name: str) -> None:

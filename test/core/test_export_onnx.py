@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import onnxruntime as ort
 import pytest
 
 from .exported import HEADS, asked, check_alike, exported, policy
 from .whole_models import one_thread  # noqa: F401 - a fixture
 
-pytest.importorskip("onnxruntime")
 LONG = ("diffusion transformer, guided", "flow transformer", "transformer", "transformer, bins",
         "transformer, bins, sampled", "ddpm, v")  # fmt: skip
 
@@ -25,7 +25,6 @@ def test_a_head_is_a_graph(tmp_path: Path, name: str) -> None:
 
 def test_the_graph_says_what_it_takes(tmp_path: Path) -> None:
     """Names, types and free sizes of the file itself are those of the record, so that others can run it, too."""
-    ort = pytest.importorskip("onnxruntime")
     found = exported(tmp_path / "graph", policy("flow"), "onnx")
     session = ort.InferenceSession(str(tmp_path / "graph" / "policy.onnx"))
     kinds = {"tensor(uint8)": "uint8", "tensor(bool)": "bool", "tensor(float)": "float32", "tensor(int64)": "int64"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
+import onnx
 import torch
 
 from vla_core.export.verify import observations
@@ -13,11 +13,8 @@ from .exported import asked, check_alike, exported, policy
 from .test_export_models import car
 from .whole_models import one_thread  # noqa: F401 - a fixture
 
-pytest.importorskip("onnxruntime")
-
 
 def test_fewer_bits_and_the_operators_that_have_them(tmp_path: Path) -> None:
-    onnx = pytest.importorskip("onnx")
     made = policy("mlp")
     for precision, operator, most in (("int8", "MatMulInteger", 0.1), ("int4", "MatMulNBits", 0.25)):
         found = exported(tmp_path / precision, made, "onnx", precision=precision)

@@ -10,8 +10,6 @@ from .exported import asked, check_alike, exported, policy
 from .test_export_onnx import LONG
 from .whole_models import one_thread  # noqa: F401 - a fixture
 
-pytest.importorskip("onnxruntime")
-
 
 @pytest.mark.parametrize("name", LONG)
 def test_a_head_is_a_graph(tmp_path: Path, name: str) -> None:

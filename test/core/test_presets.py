@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from safetensors.numpy import load_file
 from torch import Tensor, nn
@@ -206,7 +207,6 @@ def test_a_seed_decides_the_run_and_a_checkpoint_comes_back_bit_for_bit(tmp_path
 
 def hub_checkpoint() -> Checkpoint:
     """An untrained policy whose language model has a tokenizer of a hub."""
-    tokenizers = pytest.importorskip("tokenizers")
     words = {word: i for i, word in enumerate(["<pad>", "<unk>", "lift", "it", "drop"])}
     words.update({f"w{i}": i for i in range(5, 12)})
     made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))

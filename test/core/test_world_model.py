@@ -457,7 +457,7 @@ def test_a_folder_gives_the_same_model_back(tmp_path: Any) -> None:
 
 
 def test_a_damaged_folder_is_refused_with_what_is_wrong(tmp_path: Any) -> None:
-    with pytest.raises(CheckpointError, match=r"no world model: config.json, .* missing; found: no such folder"):
+    with pytest.raises(CheckpointError, match=r"not a world model: config.json, .* missing; found: no such folder"):
         WorldCheckpoint.load(tmp_path / "nothing")
     world().save(tmp_path / "world")
     file = tmp_path / "world" / "config.json"

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 
 from test.core.helpers import CONTRACT, START, STEP, command, dataset, episodes, stream_messages, write_bag
 from test.core.test_world_model import one_thread as one_thread
@@ -205,7 +206,6 @@ def test_what_was_learned_is_better_than_keeping_the_last_and_ranks_returns(tmp_
 
 
 def test_spearmans_correlation_is_scipys_with_ties() -> None:
-    stats = pytest.importorskip("scipy.stats")
     rng = np.random.default_rng(0)
     for _ in range(5):
         a, b = rng.integers(0, 5, 20), rng.normal(size=20)

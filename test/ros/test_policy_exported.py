@@ -17,7 +17,6 @@ from .conftest import Ros
 from .robot import Robot, make_policy
 
 OK = TransitionCallbackReturn.SUCCESS
-pytest.importorskip("onnxruntime")
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from vla_core.config import ConfigError, from_dict, load_yaml, override, to_dict
+from vla_core.config import ConfigError, config_file, from_dict, load_yaml, override, to_dict
 from vla_core.data.dataset import Dataset
 from vla_core.errors import choices
 from vla_core.evaluation.metrics import bootstrap_interval, percentile, wilson_interval
@@ -34,7 +34,6 @@ from vla_core.evaluation.runner import Outcome, run_plan
 from vla_core.evaluation.suites import Assignment, assignments
 from vla_core.evaluation.table import table
 from vla_core.progress import bar
-from vla_core.resources import share
 from vla_core.training.recipe import Recipe, load_recipe
 from vla_core.training.state import RunFolder
 from vla_core.training.trainer import train
@@ -105,11 +104,7 @@ class Ablations:
 
 def load_ablations(name: str, changes: Sequence[str] = ()) -> Ablations:
     """Read the file ``name``, or the one of that name in ``config/ablations``, with ``key=value`` changes to it."""
-    folder = share("config/ablations")
-    path = Path(name) if Path(name).is_file() else folder / f"{name}.yaml"
-    if not path.is_file():
-        raise ConfigError(f"no ablations {name!r}; choices: {choices(p.stem for p in folder.glob('*.yaml'))}, or the "
-                          "path of a YAML file")  # fmt: skip
+    path = config_file(name, "config/ablations", "file of ablations")
     try:
         return from_dict(Ablations, override(load_yaml(path), changes))
     except ConfigError as error:

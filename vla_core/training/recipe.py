@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated, Any
 
-from vla_core.config import ConfigError, from_dict, load_yaml, override
+from vla_core.config import ConfigError, config_file, from_dict, load_yaml, override
 from vla_core.contract import RobotContract
 from vla_core.data.options import DataOptions
-from vla_core.errors import choices
 from vla_core.model.vla import MODEL_REGISTRY
 from vla_core.model.vla import MiniVLARecipe as MiniVLARecipe
 from vla_core.model.vla.sizes import check_images, check_sees, model_sizes
 from vla_core.observation.builder import ObservationSpec
 from vla_core.observation.normalizer import Normalization
-from vla_core.resources import share
 from vla_core.runtime.execution import Execution
 from vla_core.training.options import Training as Training
 
@@ -49,13 +46,13 @@ class Recipe:
 
 def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     """Load a recipe by file name, or by the name of one in ``config/train``."""
-    path = _find(name, "config/train", "recipe")
+    path = config_file(name, "config/train", "recipe")
     whole = [assignment for assignment in overrides if assignment.partition("=")[0] == "model"]
     parts = [assignment for assignment in overrides if assignment not in whole]
     try:
         data = override(load_yaml(path), whole)
         if isinstance(data.get("model"), str):
-            data["model"] = load_yaml(_find(data["model"], "config/models", "model preset"))
+            data["model"] = load_yaml(config_file(data["model"], "config/models", "model preset"))
         return from_dict(Recipe, override(data, parts))
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
@@ -63,7 +60,7 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
 
 def load_preset(name: str, overrides: Sequence[str] = ()) -> Any:
     """Load a model's recipe by file name, or by the name of one in ``config/models``."""
-    path = _find(name, "config/models", "model preset")
+    path = config_file(name, "config/models", "model preset")
     try:
         return from_dict(_Model, {"model": override(load_yaml(path), overrides)}).model
     except ConfigError as error:
@@ -75,15 +72,3 @@ class _Model:
     """A file of ``config/models``."""
 
     model: Annotated[Any, MODEL_REGISTRY, "Recipe"]
-
-
-def _find(name: str, place: str, what: str) -> Path:
-    path = Path(name)
-    if path.is_file():
-        return path
-    folder = share(place)
-    path = folder / f"{name}.yaml"
-    if not path.is_file():
-        raise ConfigError(f"no {what} {name!r}; choices: {choices(p.stem for p in folder.glob('*.yaml'))}, "
-                          "or the path of a YAML file")  # fmt: skip
-    return path

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from vla_core.config import ConfigError, from_dict, load_yaml, override
+from vla_core.config import ConfigError, config_file, from_dict, load_yaml, override
 from vla_core.contract import RobotContract
 from vla_core.data.options import DataOptions, Validation
 from vla_core.data.sequences import RewardSource
-from vla_core.errors import choices
 from vla_core.model.vla.sizes import check_images
 from vla_core.model.world_model import WORLD_MODEL_REGISTRY, WorldModelRecipe
 from vla_core.observation.builder import ObservationSpec
 from vla_core.observation.normalizer import Normalization
-from vla_core.resources import share
 from vla_core.training.options import ParameterGroup, Training
 from vla_core.world_checkpoint import world_sizes
 
@@ -105,13 +102,7 @@ class WorldRecipe:
 
 def load_world_recipe(name: str, overrides: Sequence[str] = ()) -> WorldRecipe:
     """Load a recipe by file name, or by the name of one in ``config/world``."""
-    path = Path(name)
-    if not path.is_file():
-        folder = share("config/world")
-        path = folder / f"{name}.yaml"
-        if not path.is_file():
-            there = choices(p.stem for p in folder.glob("*.yaml"))
-            raise ConfigError(f"no recipe of a world model {name!r}; choices: {there}, or the path of a YAML file")
+    path = config_file(name, "config/world", "recipe of a world model")
     try:
         return from_dict(WorldRecipe, override(load_yaml(path), overrides))
     except ConfigError as error:
