@@ -103,7 +103,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
     from vla_core.reinforcement import command as reinforcement
 
-    reinforcement.add_command(commands)
+    reinforcement.add_commands(commands)
 
     from vla_core.experiments import command as experiments
 

@@ -5,6 +5,7 @@ It is a file ``planner.yaml``, or a folder with one:
     type: planner
     world: world                # folder of `vla train-world`, or a name on the hub; relative to the file
     checkpoint: checkpoint      # a policy that proposes; may be left out
+    dreamer: dreamer            # of `vla dream`: another that proposes, and what lies beyond the horizon; likewise
     planner: {type: cem, horizon: 12}
 """
 
@@ -24,10 +25,13 @@ import torch
 from vla_core.config import ConfigError, from_dict, load_yaml, override
 from vla_core.model.world_model import State
 from vla_core.observation.builder import Observation
-from vla_core.planning.imagination import Value, score_from
+from vla_core.planning.imagination import score_from
 from vla_core.planning.plan import CEMConfig, Plan, Planner, PlannerConfig
 from vla_core.planning.tracking import Tracker
 from vla_core.planning.views import joined, seen_by
+from vla_core.reinforcement.dream import load as load_dreamer
+from vla_core.reinforcement.dream import proposal as dreamt
+from vla_core.reinforcement.imagination import Dreamer
 from vla_core.runtime.chunk import ActionChunk, Continuation
 from vla_core.runtime.execution import Execution
 from vla_core.runtime.policy import Policy, PolicyError, noise_seed
@@ -43,6 +47,7 @@ class PlannerSetup:
 
     ``world``       folder of a world model, or a name on the hub
     ``checkpoint``  a policy whose chunk is proposed to the planner; null: none
+    ``dreamer``     folder of `vla dream`: its actor proposes too, its critic says what lies beyond the horizon
     ``planner``     how it searches
     ``discount``    of a reward from a step to the next
     ``stay_near``   what a squared unit of distance from the proposal costs, in normalized actions summed over rows
@@ -55,6 +60,7 @@ class PlannerSetup:
     type: Literal["planner"] = "planner"
     world: str
     checkpoint: str | None = None
+    dreamer: str | None = None
     planner: PlannerConfig = field(default_factory=CEMConfig)
     discount: float = 0.99
     stay_near: float = 0.0
@@ -80,7 +86,8 @@ def load_setup(path: Path, overrides: Sequence[str] = ()) -> PlannerSetup:
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     return dataclasses.replace(setup, world=_beside(path, setup.world),
-                               checkpoint=setup.checkpoint and _beside(path, setup.checkpoint))  # fmt: skip
+                               checkpoint=setup.checkpoint and _beside(path, setup.checkpoint),
+                               dreamer=setup.dreamer and _beside(path, setup.dreamer))  # fmt: skip
 
 
 def setup_from(world: str, checkpoint: str | None, overrides: Sequence[str] = ()) -> PlannerSetup:
@@ -103,7 +110,7 @@ class PlannerPolicy(Policy):
 
     Args:
         proposer: the policy of ``setup.checkpoint``; another one may be given, or None for none.
-        value: what a state beyond the horizon is worth, such as a critic's answer.
+        dreamer: what was learned in the world model's imagination; another one may be given, or None for none.
         seed: of the candidates, with the observation's stamp: a replayed observation after a replayed past gives the
             chunk that the robot got, unless time was short.
         now: the clock of the time budget, s.
@@ -111,7 +118,7 @@ class PlannerPolicy(Policy):
 
     def __init__(
         self, setup: PlannerSetup, world: WorldCheckpoint, proposer: Policy | None = None, *,
-        value: Value | None = None, seed: int = 0, now: Callable[[], float] = time.perf_counter,
+        dreamer: Dreamer | None = None, seed: int = 0, now: Callable[[], float] = time.perf_counter,
     ) -> None:  # fmt: skip
         if proposer is not None:
             proposer.contract.check_same(world.contract, f"checkpoint {proposer.source}", "the world model")
@@ -125,7 +132,7 @@ class PlannerPolicy(Policy):
         self.execution.check(self.horizon, self.head)
         self.provenance: Mapping[str, str] = dict(world.config.provenance)
         self.model = None if proposer is None else proposer.model
-        self.value, self.seed, self._now = value, seed, now
+        self.dreamer, self.seed, self._now = dreamer, seed, now
         bounds = np.stack([self.contract.action_low, self.contract.action_high])
         low, high = torch.from_numpy(world.normalizer.normalize("action", bounds))
         self.planner = Planner(setup.planner, torch.minimum(low, high), torch.maximum(low, high))
@@ -142,9 +149,11 @@ class PlannerPolicy(Policy):
         from vla_core.runtime.loading import load_policy
 
         proposer = None if setup.checkpoint is None else load_policy(setup.checkpoint, seed, dataset)
-        policy = cls(setup, WorldCheckpoint.load(setup.world), proposer, seed=seed)
+        world, own = WorldCheckpoint.load(setup.world), world_fingerprint(setup.world)
+        dreamer = None if setup.dreamer is None else load_dreamer(setup.dreamer, world.model, own)
+        policy = cls(setup, world, proposer, dreamer=dreamer, seed=seed)
         policy.source = source or setup.world
-        names = [world_fingerprint(setup.world), *(() if proposer is None else (proposer.fingerprint,))]
+        names = [own, *(() if proposer is None else (proposer.fingerprint,))]
         policy.fingerprint = "+".join(filter(None, names))
         return policy
 
@@ -157,7 +166,12 @@ class PlannerPolicy(Policy):
         state = self.tracker.see(seen_by(observation, self.spec, self.world.config.observation, contract))
         self._watch(stamp_ns)
         proposed = self._proposed(observation)
-        score = score_from(self.world.model, state, discount=self.setup.discount, value=self.value,
+        dreamer = self.dreamer
+        proposals = [] if proposed is None else [proposed]
+        if dreamer is not None:
+            proposals.append(dreamt(dreamer, self.world.model, state, self.horizon))
+        score = score_from(self.world.model, state, discount=self.setup.discount,
+                           value=None if dreamer is None else dreamer.value,
                            stay_near=None if proposed is None else proposed[0],
                            weight=self.setup.stay_near)  # fmt: skip
         budget_s = self.setup.budget_s
@@ -166,7 +180,7 @@ class PlannerPolicy(Policy):
             if not 0 <= passed < self.horizon:
                 self.planner.forget()
         found = self.planner.plan(
-            score, passed=max(0, passed), proposals=proposed,
+            score, passed=max(0, passed), proposals=torch.cat(proposals) if proposals else None,
             budget_s=None if budget_s is None else budget_s - (self._now() - began), now=self._now,
             generator=torch.Generator().manual_seed(noise_seed(self.seed, stamp_ns)),
         )  # fmt: skip

@@ -112,7 +112,7 @@ class Dreamer:
     def __init__(self, world: Any, feature_dim: int, action_dim: int, options: Dreaming, seed: int = 0) -> None:
         torch.manual_seed(seed)
         self._world: Dream = world
-        self.options = options
+        self.options, self.feature_dim, self.action_dim = options, feature_dim, action_dim
         self.actor = Actor(feature_dim, action_dim, options)
         self.critic = TwoHotHead(feature_dim, options.hidden, options.layers, options.critic)
         self._slow = copy.deepcopy(self.critic).requires_grad_(False)
@@ -121,6 +121,11 @@ class Dreamer:
         )  # fmt: skip
         self._generator = torch.Generator().manual_seed(seed)
         self._range: float | None = None
+
+    @property
+    def parts(self) -> nn.ModuleDict:
+        """All weights that are learned."""
+        return nn.ModuleDict({"actor": self.actor, "critic": self.critic, "slow": self._slow})
 
     @torch.no_grad()
     def value(self, state: State) -> Tensor:
