@@ -419,12 +419,13 @@ class RobotContract:
         return self.observations[name]
 
     def check_same(self, other: RobotContract, here: str, there: str) -> None:
-        """Raise unless ``other`` differs in nothing but topics and what the safety stage enforces.
+        """Raise unless ``other`` differs in nothing but topics, sensors beside ours, and what the safety stage enforces.
 
-        ``here`` and ``there`` name the two sides. Limits may be tightened without training anew: they do not change
-        what a number means.
+        ``here`` and ``there`` name the two sides. A robot may have sensors that a policy has never seen: nobody reads
+        them. Limits may be tightened without training anew: they do not change what a number means.
         """
         mine, theirs = _without_topics(self), _without_topics(other)
+        theirs["observations"] = {k: v for k, v in theirs["observations"].items() if k in mine["observations"]}
         difference = _first_difference(mine, theirs, "")
         if difference:
             path, a, b = difference

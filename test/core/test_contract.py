@@ -52,6 +52,12 @@ def test_another_topic_is_the_same_contract() -> None:
     assert joined.observations["camera"].topic == CONTRACT.observations["camera"].topic
 
 
+def test_a_robot_may_have_sensors_that_a_policy_has_never_seen() -> None:
+    blind = dataclasses.replace(CONTRACT, observations={"arm": CONTRACT.observations["arm"]})
+    blind.check_same(CONTRACT, "the checkpoint", "robot.yaml")
+    assert set(blind.with_topics_of(CONTRACT).observations) == {"arm"}
+
+
 @pytest.mark.parametrize(
     ("other", "path", "sides"),
     [
