@@ -20,7 +20,6 @@ when the clock jumps; the next observation begins a new one. When a server is lo
 from __future__ import annotations
 
 import gc
-import json
 import os
 import sys
 import threading
@@ -35,36 +34,23 @@ from rclpy.clock_type import ClockType
 from rclpy.lifecycle import TransitionCallbackReturn
 from rclpy.subscription import MessageInfo
 from rclpy.time import Time
-from sensor_msgs.msg import Image
-from std_msgs.msg import String
 from std_srvs.srv import Trigger
 
-from vla_core.commands import check_action, encode_frame
-from vla_core.config import override
-from vla_core.contract import NANOSECONDS, RobotContract
+from vla_core.commands import encode_frame
+from vla_core.contract import NANOSECONDS
 from vla_core.data.recording import LossCounter
 from vla_core.errors import VlaError
-from vla_core.evaluation.parity import InputLog
 from vla_core.observation import messages
 from vla_core.observation.builder import Unobserved
 from vla_core.observation.decode import decode
-from vla_core.pretrained.self_check import self_check
 from vla_core.runtime.chunk_executor import ActionChunk
 from vla_core.runtime.core import LATENCIES, Command, PolicyCore
-from vla_core.runtime.loading import load_policy
 from vla_core.runtime.policy import Policy, PolicyError
 from vla_ros import diagnostics, process
 from vla_ros.bridge import (
-    CHUNK_TOPIC,
-    COMMAND_QOS,
-    FAULT_TOPIC,
-    LATCHED_QOS,
     TF_STATIC_TOPIC,
-    command_publishers,
     every_message,
     lost_before,
-    misfit,
-    stream_qos,
     subscribe_episodes,
     subscribe_stream,
     subscribe_transforms,
@@ -72,61 +58,31 @@ from vla_ros.bridge import (
 from vla_ros.instruction_server import InstructionServer
 from vla_ros.lifecycle import GuardedNode, run
 from vla_ros.lockstep import Ticks
-from vla_ros.msg import ActionChunk as ActionChunkMessage
 from vla_ros.msg import Episode
-from vla_ros.parameters import choice, declare, value
-from vla_ros.policy_report import RECENT, Counts, percentiles, sensor_values
+from vla_ros.parameters import choice, value
+from vla_ros.policy_outputs import PolicyOutputs
+from vla_ros.policy_parameters import core_of, declare_parameters, place_of, policy_of
+from vla_ros.policy_report import Counts, RunLog, figures, first_misfit, statuses, waiting
+from vla_ros.policy_time import ClockWatch, Pace
 from vla_ros.sensor_setup import SensorSetup, wait_for_sensors
 
 SYNCHRONOUS_POLL_S = 0.02
 WORKER_NICE = 10
-PLANNER = "planner"  # the value of the parameter ``policy`` that is no place
-JUMP_NS = NANOSECONDS // 2  # a clock that differs by more from the steady one, between two ticks, has jumped
 
 
 class PolicyNode(GuardedNode):
-    """See the module; parameters are declared in ``__init__``."""
+    """See the module; the parameters are in ``policy_parameters``."""
 
     _goals: InstructionServer | None = None
 
     def __init__(self, **options: Any) -> None:
         super().__init__("policy", **options)
-        declare(self, "checkpoint", "", "folder of a trained policy, or the name of one on the hub")
-        declare(self, "policy", "", "a policy elsewhere, in place of the checkpoint: the address of a policy server, "
-                                    "such as ws://192.168.1.5:8000, or a YAML file that describes one")  # fmt: skip
-        declare(self, "dataset", "", "of a policy that was trained on several datasets: the one by whose statistics it "
-                                     "runs; empty takes the one that it was deployed for")  # fmt: skip
-        declare(self, "contract", "", "the robot's contract, a name in config/robots or a file; may differ from "
-                                      "the checkpoint's in topics only; empty takes the checkpoint's")  # fmt: skip
-        declare(self, "inference", "asynchronous", "asynchronous (robots) or synchronous (lockstep simulation)")
-        declare(self, "device", "cpu", "where a checkpoint's model runs, such as cuda")
-        declare(self, "seed", 0, "seed of the policy's sampling noise", low=0)
-        declare(self, "execution", [""], "key=value changes to how chunks are executed, such as strategy=rtc, steps=6; "
-                                         "[''] takes the checkpoint's")  # fmt: skip
-        declare(self, "world", "", "with policy: planner, the folder of the world model that it plans in; checkpoint "
-                                   "is the policy that proposes, if any")  # fmt: skip
-        declare(self, "planner", [""], "with policy: planner, key=value of its file, such as planner.type=mppi, "
-                                       "planner.horizon=12, budget_s=0.04; [''] takes the defaults")  # fmt: skip
-        declare(self, "imagined_s", 1.0, "least time between two pictures of the imagined rollout on ~/imagined, s",
-                low=0.05, high=60.0)  # fmt: skip
-        declare(self, "self_check", False, "at configure ask the policy whether other pictures and another instruction "
-                "change its actions, and refuse one that ignores them")  # fmt: skip
-        declare(self, "safety", False, "a safety node stands between: send commands to candidate/<topic>")
-        declare(self, "check_sensors_s", 0.0, "how long configure waits for all sensors and their transforms, to fail "
-                                              "where one is missing or set up wrongly, s; 0 checks them as they come",
-                low=0.0, high=600.0)  # fmt: skip
-        declare(self, "autostart", True, "configure at start")
-        declare(self, "activate", True, "with autostart: act at once; false waits for ~/start or a goal")
-        declare(self, "goal_fault_s", 5.0, "end a run_instruction goal when it could command nothing for so long, s",
-                low=0.1, high=3600.0)  # fmt: skip
-        declare(self, "log_dir", "", "folder for latencies and model inputs at the end; empty writes none")
-        declare(self, "log_inputs", True, "log model inputs, which stay in memory until the end: not for long runs")
+        declare_parameters(self)
         self.core: PolicyCore | None = None
         self._policy: Policy | None = None  # also where configure failed after it was loaded
         self._active = False
         self._subscriptions_held: list[Any] = []
         self._timers_held: list[Any] = []
-        self._publishers_held: list[Any] = []
         self._control_timer: Any = None
         self._worker: threading.Thread | None = None
         self._wake = threading.Event()
@@ -138,15 +94,14 @@ class PolicyNode(GuardedNode):
         self._answered_ns = -1
         self._age_s = 0.0
         self._planned_ns = -1  # observation stamp of the chunk that was last published as a trajectory
-        self._clocks: tuple[int, int] | None = None  # ROS and steady time of the last control tick
         self._instruction: str | None = None
         self._latency_ms: deque[float] = deque(maxlen=LATENCIES)
         self.faults = diagnostics.Faults()
         self.counts = Counts()
         self.lost: Counter[str] = Counter()  # per stream, on the way here
         self._losses = LossCounter()
-        self._input_log: InputLog | None = None
-        self._logging = False
+        self._log: RunLog | None = None
+        self._outputs = PolicyOutputs(self)
         # A stopped simulated clock must stop neither diagnostics nor services.
         self.steady = Clock(clock_type=ClockType.STEADY_TIME)
         for name, callback in (("start", self._on_start), ("stop", self._on_stop), ("reset", self._on_reset)):
@@ -188,9 +143,10 @@ class PolicyNode(GuardedNode):
 
     def _on_reset(self, request: Any, response: Any) -> Any:
         """Forget what was seen and planned, as at the start of an episode."""
-        if self.core is None:
+        core = self.core
+        if core is None:
             return self._answer_service(response, "no policy is loaded; configure first")
-        newest_ns = self._newest_tick_ns(self.core)
+        newest_ns = self._pace.newest_ns(core)
         self._begin_episode(self._now_ns() if newest_ns is None else newest_ns + 1)
         return self._answer_service(response, "")
 
@@ -221,30 +177,10 @@ class PolicyNode(GuardedNode):
 
     def configure(self) -> None:
         """Load, check, warm up, subscribe."""
-        folder = value(self, "policy") or value(self, "checkpoint")
-        if not folder:
-            raise VlaError("parameters checkpoint and policy are empty; name the folder of a trained policy, one on "
-                           "the hub, or the address of a server")  # fmt: skip
+        place = place_of(self)
         self._synchronous = choice(self, "inference", ("asynchronous", "synchronous")) == "synchronous"
-        policy = self._policy = self._load(folder)
-        if value(self, "contract"):
-            robot = RobotContract.load(value(self, "contract"))
-            policy.contract.check_same(robot, f"checkpoint {folder}", value(self, "contract"))
-            policy.contract = policy.contract.with_topics_of(robot)
-        if value(self, "self_check"):
-            self.get_logger().info(f"self-check: {'; '.join(self_check(policy).lines())}")
-        if policy.contract.offline:
-            raise VlaError(f"checkpoint {folder}: its contract is offline, it sees the future; no robot has that")
-        changes = [change for entry in value(self, "execution") for change in entry.split()]
-        execution = policy.execution.changed(override({}, changes))
-        core = PolicyCore(policy, execution, wall_clock=not (self._synchronous or value(self, "use_sim_time")))
-        interval_ns = execution.interval_ns(core.contract.chunk_step_ns)
-        if self._synchronous and core.contract.plans and interval_ns > core.contract.step_ns:
-            raise VlaError(f"execution: a new trajectory every {interval_ns / NANOSECONDS:g} s, but in lockstep each "
-                           "observation waits for one; set parameter execution to "
-                           f"['period_s={core.contract.step_ns / NANOSECONDS:g}']")  # fmt: skip
-        for action in core.contract.actions.values():
-            check_action(action)
+        policy = self._policy = policy_of(self, place)
+        core = core_of(self, policy, place, self._synchronous)
         if value(self, "check_sensors_s"):
             wait_for_sensors(self, core.contract, policy.spec, policy.model, value(self, "check_sensors_s"))
         core.warm_up()
@@ -254,34 +190,10 @@ class PolicyNode(GuardedNode):
         self._fingerprint = policy.fingerprint
         self._last_tick_ns, self._answered_ns, self._last_values = -1, -1, None  # nothing of an earlier policy
         self._received_ns, self._episode_ns = {}, 0
-        rates = {name: s.rate_hz for name, s in core.builder.streams.items() if s.rate_hz}
-        if not rates:
-            raise VlaError(f"checkpoint {folder}: it sees no stream with a rate, so nothing sets its pace")
-        fastest = sorted(rates, key=lambda name: -rates[name])
-        certain = [k for k, name in enumerate(fastest) if core.builder.streams[name].missing == "refuse"]
-        self._paces = fastest[: certain[0] + 1] if certain else fastest  # whose stamps may be ticks
-        self._input_log, self._logging = None, False
-        if value(self, "log_dir"):
-            Path(value(self, "log_dir")).mkdir(parents=True, exist_ok=True)  # fails here, not after the run
-            self._input_log = InputLog() if value(self, "log_inputs") else None
-            self._logging = True
-        self._command_publishers = command_publishers(self, core.contract, candidates=value(self, "safety"))
-        self._chunk_publisher = self.create_publisher(ActionChunkMessage, CHUNK_TOPIC, COMMAND_QOS)
-        self._diagnostics = diagnostics.publisher(self)
-        self._imagined_publisher = self.create_publisher(Image, "~/imagined", 1)
-        self._imagined_ns = -NANOSECONDS * 60
-        self._publishers_held = [*self._command_publishers.values(), self._chunk_publisher, self._diagnostics,
-                                 self._imagined_publisher]  # fmt: skip
-        self._told, self._fault_publisher = "", None
-        if value(self, "safety"):
-            self._fault_publisher = self.create_publisher(String, FAULT_TOPIC, LATCHED_QOS)
-            self._publishers_held.append(self._fault_publisher)
-            self._fault_publisher.publish(String(data=""))  # what was told before the last cleanup is over
-        self._instruction_publisher = None
-        if core.policy.spec.instruction:
-            stream = core.builder.streams[core.policy.spec.instruction]
-            self._instruction_publisher = self.create_publisher(String, stream.topic, stream_qos(stream))
-            self._publishers_held.append(self._instruction_publisher)
+        self._pace = Pace(core, place)
+        folder = value(self, "log_dir")
+        self._log = RunLog(Path(folder), inputs=value(self, "log_inputs")) if folder else None
+        self._outputs.create(core, candidates=value(self, "safety"))
         self._timers_held = [self.create_timer(diagnostics.PERIOD_S, self._publish_diagnostics, clock=self.steady)]
         if self._synchronous:
             # Messages drive the ticks; the timer only covers the wait for the first listener.
@@ -300,28 +212,16 @@ class PolicyNode(GuardedNode):
         # for a tenth of a second.
         gc.collect()
         gc.freeze()
-        self.get_logger().info(f"policy {self._fingerprint} of {folder} is ready")
-
-    def _load(self, place: str) -> Policy:
-        """The policy at ``place``, or the planner that the parameters describe."""
-        seed, dataset = int(value(self, "seed")), value(self, "dataset") or None
-        if place != PLANNER:
-            return load_policy(place, seed, dataset, str(value(self, "device")))
-        from vla_core.planning.policy import PlannerPolicy, setup_from
-
-        if not value(self, "world"):
-            raise VlaError("parameter world is empty; with policy: planner name the folder of a world model")
-        changes = [change for entry in value(self, "planner") for change in entry.split()]
-        setup = setup_from(value(self, "world"), value(self, "checkpoint") or None, changes)
-        return PlannerPolicy.load(setup, seed, dataset)
+        self.get_logger().info(f"policy {self._fingerprint} of {place} is ready")
 
     def activate(self) -> None:
         """Start to act."""
         assert self.core is not None
-        self._active, self._clocks = True, None
+        self._active = True
         if not self._synchronous:
-            self._period_ns = self.core.contract.step_ns
-            self._control_timer = self.create_timer(self._period_ns / NANOSECONDS, self._control)
+            period_ns = self.core.contract.step_ns
+            self._clock_watch = ClockWatch(period_ns, self.counts)
+            self._control_timer = self.create_timer(period_ns / NANOSECONDS, self._control)
             self._worker = threading.Thread(target=self._work, name="inference", daemon=True)
             self._worker.start()
 
@@ -351,14 +251,15 @@ class PolicyNode(GuardedNode):
             self._policy = None
         if self.core is None:
             return
-        self._write_logs(self.core)
+        if self._log is not None:
+            self._log.write(self.core, self.counts, self._latency_ms)
+            self._log = None
         for subscription in self._subscriptions_held:
             self.destroy_subscription(subscription)
         for timer in self._timers_held:
             self.destroy_timer(timer)
-        for publisher in self._publishers_held:
-            self.destroy_publisher(publisher)
-        self._subscriptions_held, self._timers_held, self._publishers_held = [], [], []
+        self._subscriptions_held, self._timers_held = [], []
+        self._outputs.destroy()
         self.core = None
         gc.unfreeze()
 
@@ -384,8 +285,8 @@ class PolicyNode(GuardedNode):
                 return
             if self._synchronous:
                 self._answer()
-            elif name in self._paces:  # the worker acts on these alone; waking it for all costs a tenth of the node
-                self._wake.set()
+            elif name in self._pace.streams:
+                self._wake.set()  # the worker acts on these alone; waking it for all costs a tenth of the node
 
         return store
 
@@ -417,7 +318,7 @@ class PolicyNode(GuardedNode):
         if before is None or before == text:
             return
         # In lockstep what was not answered yet still is; a robot waits for an observation of after the change.
-        seen_ns = self._last_tick_ns if self._synchronous else self._newest_tick_ns(core)
+        seen_ns = self._last_tick_ns if self._synchronous else self._pace.newest_ns(core)
         core.drop_plan(-1 if seen_ns is None else seen_ns)
         self.counts.instruction_changes += 1
 
@@ -436,12 +337,11 @@ class PolicyNode(GuardedNode):
 
     def instruct(self, text: str) -> None:
         """Tell everybody the instruction, this node among them; raises :class:`VlaError` when the policy has none."""
-        if self._instruction_publisher is None or self.core is None:
+        name = None if self.core is None else self.core.policy.spec.instruction
+        if self.core is None or not name:
             raise VlaError("this policy takes no instruction; leave the goal's instruction empty")
-        name = self.core.policy.spec.instruction
-        assert name is not None, "there is a publisher for it"
         data = messages.text(text)
-        self._instruction_publisher.publish(data)
+        self._outputs.instruct(data)
         self.core.add(name, data, self._now_ns())
         self._change_instruction(data)
 
@@ -461,41 +361,14 @@ class PolicyNode(GuardedNode):
             self._last_tick_ns = -1
             self._acted = False
 
-    def _newest_tick_ns(self, core: PolicyCore) -> int | None:
-        """Ticks follow the fastest stream; one that may be masked and has fallen silent leaves them to the next."""
-        newest = {name: core.buffer.newest_ns(name) for name in self._paces}
-        latest_ns = max((stamp for stamp in newest.values() if stamp is not None), default=0)
-        for name in self._paces:
-            stream, stamp_ns = core.builder.streams[name], newest[name]
-            fresh = stamp_ns is not None and latest_ns - stamp_ns <= (stream.max_age_ns or 0)
-            if fresh or stream.missing == "refuse":
-                return stamp_ns
-        return None
-
     # Commands out, synchronous.
-
-    def _whole_tick_ns(self, core: PolicyCore) -> int | None:
-        """The newest tick of which everything is here that is to be expected; None while something is not."""
-        if not self._ticks.used:
-            tick_ns = self._newest_tick_ns(core)
-            return None if tick_ns is None or core.builder.due(core.buffer, tick_ns) else tick_ns
-        if self._ticks.stamp_ns is None or self._ticks.stamp_ns < self._episode_ns:
-            return None
-        for topic in self._ticks.topics():
-            for name in core.builder.by_topic.get(topic, []):
-                if core.builder.streams[name].latched:
-                    continue  # it was sent, and acknowledged, before
-                sent_ns, here_ns = self._ticks.newest_ns(topic), self._received_ns.get(name)
-                if here_ns is None or (sent_ns is not None and here_ns < sent_ns):
-                    return None
-        return self._ticks.stamp_ns
 
     def _answer(self) -> None:
         """Answer the newest observation once all of it is there."""
         core = self.core
-        if core is None or not self._active or not self._is_listened_to():
+        if core is None or not self._active or self._outputs.unheard():
             return
-        tick_ns = self._whole_tick_ns(core)
+        tick_ns = self._pace.whole_ns(core, self._ticks, self._received_ns, self._episode_ns)
         if tick_ns is None or tick_ns == self._last_tick_ns:
             return
         if tick_ns < self._last_tick_ns:  # the clock was set back, by however little
@@ -510,7 +383,7 @@ class PolicyNode(GuardedNode):
         except Exception as error:  # whatever it is: who waits for an answer gets the safe action
             self._report_fault(f"inference failed: {error}")
             self._publish_safe(tick_ns, str(error))
-            self._tell_fault(core.policy.fault)
+            self._outputs.tell_fault(core.policy.fault)
             return
         self._acted = True
         command = core.command(tick_ns)
@@ -533,7 +406,7 @@ class PolicyNode(GuardedNode):
         while self._active:
             self._wake.wait()
             self._wake.clear()
-            tick_ns = self._newest_tick_ns(core)
+            tick_ns = self._pace.newest_ns(core)
             # Another stamp is a newer one, or one of a clock that was set back: both are to be acted on.
             if not self._active or tick_ns is None or tick_ns == self._last_tick_ns or not core.executor.due(tick_ns):
                 continue
@@ -550,7 +423,7 @@ class PolicyNode(GuardedNode):
             except PolicyError as error:  # a model gone wrong: nothing that it planned is to be trusted either
                 core.drop_plan()
                 self._report_fault(f"inference failed: {error}")
-                self._tell_fault(core.policy.fault)
+                self._outputs.tell_fault(core.policy.fault)
             except Exception as error:  # whatever it is: the control clock goes on, with the safe action
                 self._report_fault(f"inference failed: {error}")
 
@@ -559,7 +432,7 @@ class PolicyNode(GuardedNode):
         core = self.core
         assert core is not None
         now_ns = self._now_ns()
-        if self._clock_jumped(now_ns):
+        if self._clock_watch.jumped(now_ns, int(self.steady.now().nanoseconds), bool(value(self, "use_sim_time"))):
             core.forget()
             self._report_fault("the clock jumped: what was seen and planned before is forgotten")
         command = core.command(now_ns)
@@ -573,22 +446,7 @@ class PolicyNode(GuardedNode):
         elif self._last_values is not None:
             fault = core.policy.fault
             self._publish_safe(now_ns, fault or "no chunk covers this instant")
-            self._tell_fault(fault)
-
-    def _clock_jumped(self, now_ns: int) -> bool:
-        """Whether the ROS clock went back, or differs from the steady one, since the last control tick."""
-        steady_ns = int(self.steady.now().nanoseconds)
-        before, self._clocks = self._clocks, (now_ns, steady_ns)
-        if before is None:
-            return False
-        passed_ns, steady_passed_ns = now_ns - before[0], steady_ns - before[1]
-        own = bool(value(self, "use_sim_time"))
-        if not own and steady_passed_ns > 1.5 * self._period_ns:  # the steps of simulated time are not this node's
-            self.counts.late_ticks += 1
-        if passed_ns < 0:
-            return True
-        # Simulated time may run at any speed, but never skips many control periods at once.
-        return passed_ns > 2 * JUMP_NS if own else abs(passed_ns - steady_passed_ns) > JUMP_NS
+            self._outputs.tell_fault(fault)
 
     def _publish_command(self, command: Command) -> None:
         assert self.core is not None
@@ -603,31 +461,14 @@ class PolicyNode(GuardedNode):
             self._publish_safe(command.stamp_ns, str(error))
             return
         self._planned_ns = observed_ns
-        self._tell_fault("")
-        self._send(frame)
+        self._outputs.tell_fault("")
+        self._outputs.send(frame)
         self._last_values = command.values
         self._age_s = (command.stamp_ns - observed_ns) / NANOSECONDS
         self.counts.commands += 1
         if observed_ns != self._answered_ns and not self._synchronous:
             self._answered_ns = observed_ns
             self._latency_ms.append((self._now_ns() - observed_ns) / 1e6)
-
-    def _send(self, frame: dict[str, bytes]) -> None:
-        for topic, data in frame.items():
-            self._command_publishers[topic].publish(data)
-
-    def _tell_fault(self, fault: str) -> None:
-        """Tell the safety stage what keeps the policy from acting, beside what it sees itself."""
-        if fault != self._told and self._fault_publisher is not None:
-            self._told = fault
-            self._fault_publisher.publish(String(data=fault))
-
-    def _is_listened_to(self) -> bool:
-        return not self._unheard()
-
-    def _unheard(self) -> list[str]:
-        """Command topics without a subscriber: in lockstep nothing is answered before all have one."""
-        return [p.topic_name for p in self._command_publishers.values() if not p.get_subscription_count()]
 
     def _publish_safe(self, stamp_ns: int, reason: str) -> None:
         """The contract's safe action: zero, or the last value, per entry; of a vehicle, a trajectory of one row."""
@@ -636,7 +477,7 @@ class PolicyNode(GuardedNode):
         # In a frame that moves along, nothing that was said before still holds: one row at its origin means to stop.
         values = np.zeros(len(contract.action_names)) if contract.plans else contract.safe_values(self._last_values)
         if values is not None:
-            self._send(encode_frame(contract, stamp_ns, values, (stamp_ns, values[None])))
+            self._outputs.send(encode_frame(contract, stamp_ns, values, (stamp_ns, values[None])))
             self.counts.safe_commands += 1
         self._planned_ns = -1
         self.faults.note(reason)
@@ -645,32 +486,11 @@ class PolicyNode(GuardedNode):
         core = self.core
         if core is None:
             return
-        contract = core.contract
-        message = ActionChunkMessage()
-        message.header.stamp = self.get_clock().now().to_msg()
-        message.header.frame_id = next(iter(contract.actions.values())).frame_id
-        message.observation_stamp = Time(nanoseconds=chunk.observation_stamp_ns).to_msg()
-        message.step.sec, message.step.nanosec = divmod(chunk.step_ns, NANOSECONDS)
-        message.valid_until = Time(nanoseconds=chunk.valid_until_ns).to_msg()
-        message.names, message.units = list(contract.action_names), list(contract.action_units)
-        message.horizon = len(chunk.actions)
-        message.actions = chunk.actions.reshape(-1).tolist()
-        self._chunk_publisher.publish(message)
+        self._outputs.chunk(core, chunk)
         self.counts.chunks += 1
-        if self._input_log is not None and core.last_observation is not None:
-            self._input_log.add(core.last_observation, chunk)
-        self._publish_imagined(core, chunk.observation_stamp_ns)
-
-    def _publish_imagined(self, core: PolicyCore, stamp_ns: int) -> None:
-        """Show what the newest plan is expected to look like, where somebody looks; in the worker, as it takes time."""
-        now_ns = int(self.steady.now().nanoseconds)
-        due = now_ns - self._imagined_ns >= value(self, "imagined_s") * NANOSECONDS
-        if not due or not self._imagined_publisher.get_subscription_count():
-            return
-        pixels = core.policy.imagined()
-        if pixels is not None:
-            self._imagined_ns = now_ns
-            self._imagined_publisher.publish(messages.image(stamp_ns, pixels, "imagined"))
+        if self._log is not None:
+            self._log.add(core, chunk)
+        self._outputs.imagined(core, chunk.observation_stamp_ns)
 
     # What people see of it.
 
@@ -683,58 +503,16 @@ class PolicyNode(GuardedNode):
         core = self.core
         if core is None:
             return
-        causes = [*self.faults.take(), core.policy.fault, *self.setup.faults, *self._waiting(core), self._misfit(core)]
-        values = {
-            "checkpoint": self._fingerprint, "active": self._active, "strategy": core.executor.execution.strategy,
-            **self.counts.as_dict(), **percentiles("inference_ms", core.inference_ms),
-            **percentiles("observation_to_command_ms", self._latency_ms), **core.metrics.summary(RECENT),
-            **core.policy.report(),
-        }  # fmt: skip
-        now_ns = self._time_of_sight(core)
-        hardware = core.contract.name
-        diagnostics.publish(self, self._diagnostics, [
-            diagnostics.fault_status(self, "policy", values, "; ".join(dict.fromkeys(filter(None, causes))), hardware),
-            *(diagnostics.fault_status(self, f"sensor {name}", seen, fault, hardware)
-              for name, (fault, seen) in sensor_values(core, now_ns, self.lost).items()),
-        ])  # fmt: skip
-
-    def _time_of_sight(self, core: PolicyCore) -> int:
-        """The instant that sensors are judged at; in lockstep time stands still between the ticks."""
-        return (self._newest_tick_ns(core) or 0) if self._synchronous else self._now_ns()
-
-    def _waiting(self, core: PolicyCore) -> list[str]:
-        """What an active policy waits for, also before anything came and after all of it fell silent."""
-        if not self._active:
-            return []
-        if not self._synchronous and value(self, "use_sim_time") and self._now_ns() == 0:
-            return ["use_sim_time is true and time is 0: nothing was received on /clock"]
-        unheard = self._unheard() if self._synchronous else []
-        lost = core.builder.lost(core.buffer, self._time_of_sight(core))
-        return [*(f"waiting for a subscriber of {topic}" for topic in unheard), *lost]
-
-    def _misfit(self, core: PolicyCore) -> str:
-        """Name a publisher that is not heard: the middleware would only stay silent about it."""
-        for name, stream in core.builder.streams.items():
-            reason = misfit(self, stream) if core.buffer.newest_ns(name) is None else ""
-            if reason:
-                return f"{name} ({stream.topic}): {reason}"
-        return ""
-
-    def _write_logs(self, core: PolicyCore) -> None:
-        if not self._logging:
-            return
-        folder = Path(value(self, "log_dir"))
-        record = {
-            "observe_ms": list(core.observe_ms),
-            "inference_ms": list(core.inference_ms),
-            "observation_to_command_ms": list(self._latency_ms),
-            "execution": core.metrics.summary(),
-            "counts": self.counts.as_dict(),
-        }
-        (folder / "latency.json").write_text(json.dumps(record), encoding="utf-8")
-        if self._input_log is not None:
-            self._input_log.save(folder / "inputs.safetensors", core.policy)
-        self._input_log, self._logging = None, False
+        # The instant that sensors are judged at; in lockstep time stands still between the ticks.
+        at_ns = (self._pace.newest_ns(core) or 0) if self._synchronous else self._now_ns()
+        causes = [*self.faults.take(), core.policy.fault, *self.setup.faults]
+        if self._active:
+            clocked = not self._synchronous and bool(value(self, "use_sim_time"))
+            causes += waiting(core, at_ns, self._outputs.unheard() if self._synchronous else [], clocked)
+        causes.append(first_misfit(self, core))
+        numbers = figures(core, self.counts, self._latency_ms)
+        values = {"checkpoint": self._fingerprint, "active": self._active, **numbers}
+        self._outputs.diagnostics(statuses(self, core, at_ns, self.lost, values, causes))
 
     def _now_ns(self) -> int:
         return int(self.get_clock().now().nanoseconds)

@@ -48,7 +48,39 @@ def test_any_way_is_that_of_an_integrator() -> None:
     np.testing.assert_allclose(found[:, 2], driven[:, 2] - back, atol=1e-4)
 
 
-def test_what_is_absent_has_no_influence_and_a_short_way_is_not_one_of_standing() -> None:
+def test_the_same_way_is_the_same_at_any_speed() -> None:
+    torch.manual_seed(0)
+    encoder = PathEncoder(PathConfig(length_m=20.0)).eval()
+    tokens = []
+    for speed in (4.0, 8.0):  # a curve of 20 m of radius, then 5 m straight on
+        curve, straight = int(40 / speed / STEP_S), int(5 / speed / STEP_S)
+        rates = torch.cat([torch.full((curve,), speed / 20), torch.zeros(straight)])
+        tokens.append(encoder(torch.stack([torch.full_like(rates, speed), rates], dim=-1)[None]).values)
+    assert torch.allclose(*tokens, atol=0.05)
+    other = torch.stack([torch.full_like(rates, speed), -rates], dim=-1)[None]
+    assert not torch.allclose(encoder(other).values, tokens[1], atol=0.5)
+
+
+def test_a_place_is_the_newest_one_so_far_behind() -> None:
+    """By brute force over the rows, of a way with a stand and a reversal of the wheel in it."""
+    torch.manual_seed(0)
+    config = PathConfig(points=6, length_m=5.0)
+    encoder = PathEncoder(config).eval()
+    rng = np.random.default_rng(0)
+    speeds = np.concatenate([rng.uniform(1, 6, 60), np.zeros(30), rng.uniform(0, 3, 60)])
+    values = torch.tensor(np.stack([speeds, rng.uniform(-0.5, 0.5, 150)], axis=-1), dtype=torch.float32)[None]
+    seen: list[torch.Tensor] = []
+    encoder.mlp[0].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    encoder(values)
+    path = reckoned(values, STEP_S)[0]
+    for k, wanted in enumerate(np.linspace(0, 5, 6)):
+        row = max(t for t in range(150) if STEP_S * speeds[t + 1 :].sum() >= wanted - 1e-5)
+        x, y, _, _, yaw, there = seen[0].view(6, 6)[k].tolist()
+        np.testing.assert_allclose([2.5 * x, 2.5 * y, torch.pi * yaw], path[row], atol=1e-4)
+        assert there == 1
+
+
+def test_what_is_absent_has_no_influence_and_a_short_way_is_not_a_long_one() -> None:
     torch.manual_seed(0)
     encoder = PathEncoder(PathConfig(points=5)).eval()
     values = torch.tensor([4.0, 0.3]).expand(2, 40, 2).clone()
@@ -59,8 +91,8 @@ def test_what_is_absent_has_no_influence_and_a_short_way_is_not_one_of_standing(
     tokens = encoder(values, mask)
     assert tokens.values.shape == (2, 1, 64) and tokens.values.isfinite().all()
     assert tokens.mask.tolist() == [[True], [False]]
-    stood = torch.cat([torch.zeros(1, 20, 2), values[:1, 20:]], dim=1)
-    assert not torch.allclose(encoder(stood).values, tokens.values[:1], atol=1e-3)
+    longer = torch.tensor([40.0, 0.3]).expand(1, 40, 2)
+    assert not torch.allclose(encoder(longer).values, tokens.values[:1], atol=1e-3)
 
 
 def test_half_precision_keeps_the_metres() -> None:

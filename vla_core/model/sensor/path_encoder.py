@@ -21,14 +21,13 @@ ROW = 6  # numbers of a place on the path
 class PathConfig:
     """Sizes of :class:`PathEncoder`.
 
-    ``rate_hz`` is that of the stream; ``points`` places of the path are seen, at equal times; ``length_m`` is what
-    places are measured in.
+    ``rate_hz`` is that of the stream; ``points`` places of the path are seen, from here to ``length_m`` behind.
     """
 
     type: Literal["path"] = "path"
     rate_hz: float = 50.0
     points: int = 16
-    length_m: float = 20.0
+    length_m: float = 40.0
     hidden_dim: int = 64
     output_dim: int = 64
 
@@ -48,6 +47,10 @@ class PathEncoder(SensorEncoder):
 
     What was turned since an instruction came tells the exits of a roundabout apart. A network would have to learn to
     add rates up; the path behind the robot, in its frame of now, says it at once.
+
+    Its places are at equal distances, not times, so that they tell nothing of how fast it was driven. A policy that
+    imitates sees from its own past that a braking has begun, goes on with it, and never asks what it was for (de Haan
+    et al. 2019, "Causal Confusion in Imitation Learning").
     """
 
     Config = PathConfig
@@ -65,13 +68,20 @@ class PathEncoder(SensorEncoder):
 
     def forward(self, values: Tensor, mask: Tensor | None = None) -> Tokens:
         values, mask = there(values, mask, 2)
-        path = reckoned(values, 1.0 / self.config.rate_hz)
-        picked = torch.linspace(0, values.shape[1] - 1, self.config.points, device=values.device).round().long()
-        places, known = path[:, picked], mask[:, picked, None]
-        x, y, yaw = (places / places.new_tensor([self.config.length_m, self.config.length_m, 1.0])).unbind(dim=-1)
-        rows = torch.stack([x, y, yaw.sin(), yaw.cos(), yaw / torch.pi, torch.ones_like(yaw)], dim=-1)
-        rows = torch.where(known, rows, 0.0)
-        return Tokens(self.mlp(rows.flatten(1).to(self.dtype))[:, None], mask.any(dim=1, keepdim=True))
+        config = self.config
+        path = reckoned(values, 1.0 / config.rate_hz)
+        moved = values[..., 0].abs() / config.rate_hz  # m that each row adds
+        behind = moved.flip(1).cumsum(dim=1).flip(1) - moved  # (B, T) m from a row's place to here, along the way
+        wanted = torch.linspace(0.0, config.length_m, config.points, device=values.device)
+        number = torch.arange(values.shape[1], device=values.device)[:, None]
+        far = mask[..., None] & (behind[..., None] >= wanted)  # (B, T, K)
+        newest = torch.where(far, number, -1).amax(dim=1)  # (B, K): the last row that is so far behind
+        places = path.gather(1, newest.clamp(min=0)[..., None].expand(-1, -1, 3))
+        x, y, yaw = places.unbind(dim=-1)
+        scale = config.length_m / 2
+        seen = torch.stack([x / scale, y / scale, yaw.sin(), yaw.cos(), yaw / torch.pi, torch.ones_like(yaw)], dim=-1)
+        seen = torch.where((newest >= 0)[..., None], seen, 0.0)
+        return Tokens(self.mlp(seen.flatten(1).to(self.dtype))[:, None], mask.any(dim=1, keepdim=True))
 
 
 def reckoned(values: Tensor, step_s: float) -> Tensor:
