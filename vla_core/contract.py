@@ -419,7 +419,7 @@ class RobotContract:
         return self.observations[name]
 
     def check_same(self, other: RobotContract, here: str, there: str) -> None:
-        """Raise unless ``other`` differs in nothing but topics, sensors beside ours, and what the safety stage enforces.
+        """Raise unless ``other`` differs in nothing but topics, further sensors and what the safety stage enforces.
 
         ``here`` and ``there`` name the two sides. A robot may have sensors that a policy has never seen: nobody reads
         them. Limits may be tightened without training anew: they do not change what a number means.
@@ -435,7 +435,10 @@ class RobotContract:
             )
 
     def with_topics_of(self, other: RobotContract) -> RobotContract:
-        """This contract with the topics, safety and limits of ``other``, which must be the same otherwise."""
+        """This contract with the topics, safety and limits of ``other``, of which :meth:`check_same` says nothing.
+
+        What a further sensor of ``other`` is to its safety stage is that stage's own affair, which reads ``other``.
+        """
         observations = {
             name: dataclasses.replace(stream, topic=other.stream(name).topic)
             for name, stream in self.observations.items()
@@ -444,8 +447,12 @@ class RobotContract:
             name: dataclasses.replace(action, topic=other.actions[name].topic, limits=other.actions[name].limits)
             for name, action in self.actions.items()
         }
+        safety = other.safety
+        if safety.sensors is not None:
+            ours = tuple(name for name in safety.sensors if name in observations)
+            safety = dataclasses.replace(safety, sensors=ours)
         return dataclasses.replace(
-            self, observations=observations, actions=actions, safety=other.safety, following=other.following
+            self, observations=observations, actions=actions, safety=safety, following=other.following
         )
 
     def to_yaml(self) -> str:

@@ -55,7 +55,9 @@ def test_another_topic_is_the_same_contract() -> None:
 def test_a_robot_may_have_sensors_that_a_policy_has_never_seen() -> None:
     blind = dataclasses.replace(CONTRACT, observations={"arm": CONTRACT.observations["arm"]})
     blind.check_same(CONTRACT, "the checkpoint", "robot.yaml")
-    assert set(blind.with_topics_of(CONTRACT).observations) == {"arm"}
+    robot = dataclasses.replace(CONTRACT, safety=dataclasses.replace(CONTRACT.safety, sensors=("arm", "camera")))
+    joined = blind.with_topics_of(robot)
+    assert set(joined.observations) == {"arm"} and joined.safety.sensors == ("arm",)
 
 
 @pytest.mark.parametrize(
