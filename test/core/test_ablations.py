@@ -141,7 +141,7 @@ def test_bad_names_fail_before_anything_is_trained(place: Path, capsys: pytest.C
         assert main(["ablate", "file.yaml", *arguments, "--dataset", "data", "--out", "out"]) == 1
         assert message in capsys.readouterr().err
     assert main(["ablate", "none", "--dataset", "data", "--out", "out"]) == 1
-    assert "no ablations 'none'; choices: drive" in capsys.readouterr().err
+    assert "no file of ablations 'none'; choices: drive" in capsys.readouterr().err
     assert not (place / "out").exists()
 
 

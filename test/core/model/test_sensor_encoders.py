@@ -155,7 +155,7 @@ def test_an_encoder_of_somebody_else(monkeypatch: pytest.MonkeyPatch) -> None:
             super().__init__()
             self.output_dim = input_dim
 
-    with pytest.raises(VlaError, match=r"no sensor encoder 'sonar'.*imu, point_cloud, radar, state"):
+    with pytest.raises(VlaError, match=r"no sensor encoder 'sonar'.*imu, path, point_cloud, radar, state"):
         build_sensor(Sonar(), input_dim=3)
     monkeypatch.setitem(SENSOR_REGISTRY, "sonar", SonarEncoder)
     assert build_sensor(Sonar(), input_dim=3).output_dim == 3
