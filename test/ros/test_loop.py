@@ -138,8 +138,10 @@ def test_the_whole_demo_tiny(domain: int, tmp_path: Path, monkeypatch: pytest.Mo
     assert report.keys() >= REPORT_KEYS
     assert report["episodes"] == 1 and report["demonstrations"] == 2 and 80 < report["frames"] < 200
     assert report["parity_max_abs_diff"] == 0.0 and report["parity_compared"] == 20
-    assert report["inference_ms_p99"] >= report["inference_ms_p50"] > 0
-    assert report["observation_to_command_ms_p99"] >= report["observation_to_command_ms_p50"] > 0
+    for name in ("inference_ms", "observation_to_command_ms"):
+        median, most = report[f"{name}_p50"], report[f"{name}_p99"]
+        # Realtime: on a busy machine every picture may be too old when it comes, and the report must say so.
+        assert (median is None and most is None) or most >= median > 0
     page = (out / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 5 and page.count("data:image/gif;base64,") == 1
     assert not re.search(r'(src|href)="?(https?:|/|\.)', page), "the page must be self-contained"
