@@ -384,7 +384,9 @@ def test_an_instruction_chooses_between_two_ways_that_are_seen() -> None:
 def test_the_way_behind_chooses_between_two_ways_that_are_seen() -> None:
     """The words are the same; who came by a curve to the left takes the way to the left."""
     torch.manual_seed(0)
-    config = driver(sequences={"way": ("speed", "yaw_rate")}, sensors={"way": PathConfig(points=4)}, guides=("way",))
+    config = driver(
+        sequences={"way": ("speed", "yaw_rate")}, sensors={"way": PathConfig(points=4, length_m=8.0)}, guides=("way",)
+    )
     model = MultiSensorVLA(config).train()
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
 
