@@ -13,7 +13,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path
@@ -78,10 +79,7 @@ class Checkpoint:
         """Write the folder; an existing checkpoint at ``path`` is replaced once the new one is whole."""
         path = Path(path)
         check_replaceable(path)
-        partial = path.with_name(f".{path.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        try:
+        with whole_folder(path) as partial:
             # What the model has become since, such as one with adapters.
             write_json(partial / "config.json", to_dict(dataclasses.replace(self.config, model=self.model.config)))
             write_json(partial / "statistics.json", self.normalizer.statistics)
@@ -91,12 +89,6 @@ class Checkpoint:
             (partial / "contract.yaml").write_text(self.contract.to_yaml(), encoding="utf-8")
             weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.model.state_dict().items()}
             save_file(weights, partial / "model.safetensors")
-            replace_folder(partial, path)
-        except BaseException as error:
-            shutil.rmtree(partial, ignore_errors=True)
-            if isinstance(error, SafetensorError):  # a full disk, in the words of safetensors
-                raise CheckpointError(f"{path}: cannot be written: {error}") from None
-            raise
 
     @classmethod
     def load(cls, path: Path | str, *, dataset: str | None = None, **parts: Any) -> Checkpoint:
@@ -235,6 +227,25 @@ def load_weights(model: torch.nn.Module, path: Path) -> None:
                               f"unexpected {extra or 'none'}, of another shape {wrong or 'none'}")  # fmt: skip
     # Assigned, not copied, where there is nothing yet to copy into.
     model.load_state_dict(found, strict=True, assign=any(weight.is_meta for weight in model.parameters()))
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill, which becomes ``path`` once the block is done; an older one stays until then.
+
+    Nothing is left of a block that fails; a full disk is a :class:`CheckpointError`.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        replace_folder(partial, path)
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, SafetensorError):  # a full disk, in the words of safetensors
+            raise CheckpointError(f"{path}: cannot be written: {error}") from None
+        raise
 
 
 def replace_folder(partial: Path, path: Path) -> None:

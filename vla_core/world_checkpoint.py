@@ -7,13 +7,11 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from vla_core import hub
@@ -23,7 +21,7 @@ from vla_core.checkpoint import (
     load_weights,
     read_config,
     read_json,
-    replace_folder,
+    whole_folder,
     write_json,
 )
 from vla_core.config import ConfigError, to_dict
@@ -76,21 +74,12 @@ class WorldCheckpoint:
         """Write the folder; an older world model at ``path`` is replaced once the new one is whole."""
         path = Path(path)
         check_replaceable(path)
-        partial = path.with_name(f".{path.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        try:
+        with whole_folder(path) as partial:
             write_json(partial / "config.json", to_dict(dataclasses.replace(self.config, model=self.model.config)))
             write_json(partial / "statistics.json", self.normalizer.statistics)
             (partial / "contract.yaml").write_text(self.contract.to_yaml(), encoding="utf-8")
             weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.model.state_dict().items()}
             save_file(weights, partial / "model.safetensors")
-            replace_folder(partial, path)
-        except BaseException as error:
-            shutil.rmtree(partial, ignore_errors=True)
-            if isinstance(error, SafetensorError):  # a full disk, in the words of safetensors
-                raise CheckpointError(f"{path}: cannot be written: {error}") from None
-            raise
 
     @classmethod
     def load(cls, path: Path | str) -> WorldCheckpoint:

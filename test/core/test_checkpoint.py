@@ -13,10 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from vla_core import checkpoint as checkpoint_module
-from vla_core.checkpoint import FILES, Checkpoint, fingerprint
+from vla_core.checkpoint import FILES, Checkpoint, CheckpointError, fingerprint, whole_folder
 from vla_core.errors import VlaError
 from vla_core.observation.builder import Observation
 from vla_core.observation.normalizer import Normalization, Normalizer, Statistics, entry_names
@@ -310,3 +311,19 @@ def test_a_device_that_is_not_there_is_refused(saved: Path) -> None:
     for name in ("cuda:99", "gpu"):
         with pytest.raises(PolicyError, match=rf"device '{name}': torch .* has none here; choices: cpu"):
             load_policy(saved, device=name)
+
+
+@pytest.mark.parametrize(("error", "raised"), [
+    (SafetensorError("I/O error: No space left on device"), CheckpointError), (KeyboardInterrupt(), KeyboardInterrupt),
+])  # fmt: skip
+def test_a_folder_that_could_not_be_filled_leaves_the_old_one(
+    tmp_path: Path, error: BaseException, raised: type[BaseException]
+) -> None:
+    place = tmp_path / "policy"
+    with whole_folder(place) as partial:
+        (partial / "config.json").write_text("old")
+    with pytest.raises(raised), whole_folder(place) as partial:
+        (partial / "config.json").write_text("new")
+        raise error
+    assert (place / "config.json").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["policy"]

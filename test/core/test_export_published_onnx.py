@@ -13,7 +13,6 @@ from .exported import check_alike, exported
 from .test_export_published import MODELS, backbones, lerobot  # noqa: F401 - a fixture
 from .whole_models import one_thread  # noqa: F401 - a fixture
 
-pytest.importorskip("onnxruntime")
 FEW = {**MODELS, "smolvla": partial(lerobot, steps=1)}
 
 

@@ -5,17 +5,15 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from vla_core import hub
-from vla_core.checkpoint import CheckpointError, load_weights, read_config, read_json, replace_folder, write_json
+from vla_core.checkpoint import CheckpointError, load_weights, read_config, read_json, whole_folder, write_json
 from vla_core.config import to_dict
 from vla_core.data.sampler import Sampler
 from vla_core.data.sequences import Sequences
@@ -64,11 +62,15 @@ def dream(model: WorldModel, sequences: Sequences, options: Dreams,
         batch = sequences.draw(sampler.rows(step, options.batch_size))
         with torch.no_grad():
             seen = model.observe(batch.inputs, batch.previous, batch.first, generator=generator).states
-        mask = batch.mask  # (B, T)
-        seen = seen.map(lambda x, mask=mask: x[mask])  # type: ignore[misc]
-        picked = torch.randperm(len(seen.deter), generator=generator)[: options.starts]
-        report(step + 1, dreamer.update(seen.map(lambda x, picked=picked: x[picked])))  # type: ignore[misc]
+        places = batch.mask.nonzero()  # (M, 2), ticks that are there
+        picked = places[torch.randperm(len(places), generator=generator)[: options.starts]]
+        report(step + 1, dreamer.update(_at(seen, picked)))
     return dreamer
+
+
+def _at(states: State, places: torch.Tensor) -> State:
+    """The states (N, ...) at rows and ticks (N, 2) of (B, T, ...)."""
+    return states.map(lambda x: x[places[:, 0], places[:, 1]])
 
 
 def proposal(dreamer: Dreamer, model: WorldModel, state: State, horizon: int) -> torch.Tensor:
@@ -86,19 +88,10 @@ def save(dreamer: Dreamer, world: str, path: Path) -> None:
     check_replaceable(path)
     config = DreamerConfig(world=world, feature_dim=dreamer.feature_dim, action_dim=dreamer.action_dim,
                            dreaming=dreamer.options)  # fmt: skip
-    partial = path.with_name(f".{path.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with whole_folder(path) as partial:
         write_json(partial / "config.json", to_dict(config))
         save_file({name: tensor.contiguous() for name, tensor in dreamer.parts.state_dict().items()},
                   partial / "model.safetensors")  # fmt: skip
-        replace_folder(partial, path)
-    except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, SafetensorError):  # a full disk, in the words of safetensors
-            raise CheckpointError(f"{path}: cannot be written: {error}") from None
-        raise
 
 
 def load(path: Path | str, model: WorldModel, world: str) -> Dreamer:
