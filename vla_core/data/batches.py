@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from vla_core.data.dataset import Dataset
+from vla_core.data.dataset import Dataset, DatasetError
 from vla_core.data.windows import ChunkWindows
+from vla_core.errors import choices
 from vla_core.model.inputs import ModelInputs, Remembers
 from vla_core.observation.batch import Tokenizer, collate, make_inputs
 from vla_core.observation.normalizer import Normalizer
@@ -18,6 +20,8 @@ from vla_core.observation.normalizer import Normalizer
 
 class Batch(NamedTuple):
     """B samples: inputs, ``actions`` (B, H, A) normalized float32, ``mask`` (B, H) bool, where actions are known.
+
+    ``truths`` name -> (B,) int64 is the class of what was true, -1 where nobody said.
 
     ``rows`` (B, 2) int64 tells the dataset's number and the frame in it. The batch is a part of the global batch of
     ``total`` samples of training step ``step``, from sample ``first`` on.
@@ -30,6 +34,7 @@ class Batch(NamedTuple):
     step: int = 0
     first: int = 0
     total: int = 0
+    truths: Mapping[str, Tensor] = MappingProxyType({})
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on ``device``."""
@@ -37,7 +42,8 @@ class Batch(NamedTuple):
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         """The same batch with every tensor changed."""
-        return self._replace(inputs=self.inputs.map(change), actions=change(self.actions), mask=change(self.mask))
+        return self._replace(inputs=self.inputs.map(change), actions=change(self.actions), mask=change(self.mask),
+                             truths={name: change(number) for name, number in self.truths.items()})  # fmt: skip
 
 
 class Batches:
@@ -45,14 +51,15 @@ class Batches:
 
     def __init__(
         self, dataset: Dataset, horizon: int, normalizer: Normalizer, tokenizer: Tokenizer,
-        remembers: Remembers = "everything",
+        remembers: Remembers = "everything", classes: Mapping[str, Sequence[str]] | None = None,
     ) -> None:  # fmt: skip
-        """``remembers`` is what the model reads of past ticks."""
+        """``remembers`` is what the model reads of past ticks, ``classes`` the words of the truths that it tells."""
         self.dataset, self.horizon = dataset, horizon
         self.normalizer, self.tokenizer, self.remembers = normalizer, tokenizer, remembers
         self._windows = ChunkWindows(dataset, horizon)
         self.lengths: tuple[int, ...] = (len(dataset.window_rows),)
         self.weights: tuple[float, ...] | None = None
+        self._truths = {name: _numbered(dataset, name, words) for name, words in (classes or {}).items()}
 
     def __len__(self) -> int:
         return self.lengths[0]
@@ -67,6 +74,7 @@ class Batches:
             mask=torch.from_numpy(mask),
             rows=np.stack([np.zeros_like(rows), rows], axis=1),
             total=len(rows),
+            truths={name: torch.from_numpy(numbers[rows]) for name, numbers in self._truths.items()},
         )
 
     def inputs(self, rows: np.ndarray, floats: bool = True) -> ModelInputs:
@@ -97,3 +105,16 @@ class Batches:
         if there is not None:
             pixels[~there] = 0
         return pixels
+
+
+def _numbered(dataset: Dataset, name: str, classes: Sequence[str]) -> np.ndarray:
+    """The classes (N,) int64 of a truth, -1 where nobody said."""
+    if name not in dataset.truths:
+        raise DatasetError(f"{dataset.name}: does not say what {name} was, which the model is to learn; it says "
+                           f"{choices(dataset.truths)}; record ground_truth/{name}, or train without: "
+                           "model.auxiliary={}")  # fmt: skip
+    words = dataset.truths[name]
+    strange = np.setdiff1d(words, [*classes, ""])
+    if len(strange):
+        raise DatasetError(f"{dataset.name}: {name} was {str(strange[0])!r}; the model tells {choices(classes)}")
+    return np.select([words == word for word in classes], range(len(classes)), default=-1).astype(np.int64)

@@ -225,6 +225,8 @@ def features(
         found[REWARD] = vector(("reward",))
     if happened is not None and happened.intervened:
         found[INTERVENED] = vector(("intervened",))
+    for name in () if happened is None else happened.truth_columns:
+        found[name] = Feature("string", (1,))
     return found
 
 

@@ -95,7 +95,8 @@ class Dataset:
     ``executed`` (N, A) and ``reward`` (N,) float32 are what was executed, where that may be something else than the
     label ``action``, and what it earned; None where nobody recorded them. ``intervened`` (N,) bool tells the frames
     whose action is of whoever had taken over from a policy; None where no policy drove. ``shown`` (N,) bool are the
-    frames whose actions a policy is to imitate, all of them unless a filter took some out.
+    frames whose actions a policy is to imitate, all of them unless a filter took some out. ``truths`` name -> (N,) str
+    is what was true of the world, in a word; "" where nobody said.
     """
 
     name: str
@@ -115,6 +116,7 @@ class Dataset:
     reward: np.ndarray | None = None
     intervened: np.ndarray | None = None
     shown: np.ndarray | None = None
+    truths: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def frames(self) -> int:
@@ -195,6 +197,7 @@ class Dataset:
             reward=None if self.reward is None else self.reward[rows],
             intervened=None if self.intervened is None else self.intervened[rows],
             shown=None if self.shown is None else self.shown[rows],
+            truths={name: words[rows] for name, words in self.truths.items()},
         )  # fmt: skip
 
     @classmethod

@@ -320,6 +320,10 @@ class Commands:
         """Whether somebody had taken over from a policy, where that is known."""
         return None
 
+    def truths_at(self, tick_ns: int) -> tuple[str, ...]:
+        """What was true, in words, where that is known."""
+        return ()
+
 
 class _Track:
     """The messages of one action in order of their stamps, decoded when they are first asked for."""
@@ -382,8 +386,8 @@ class Tick:
     """One control tick of a bag: what was seen, and the command (A,), or plan (H, A), float32 that answered it.
 
     ``episode`` counts the starts marked until then, so 0 is what was before the first. A tick that gives no row has no
-    observation, or no command. ``executed`` (A,), ``reward`` and ``intervened`` are there where they were recorded and
-    asked for.
+    observation, or no command. ``executed`` (A,), ``reward``, ``intervened`` and ``truths`` are there where they were
+    recorded and asked for.
     """
 
     stamp_ns: int
@@ -393,6 +397,7 @@ class Tick:
     executed: np.ndarray | None = None
     reward: float | None = None
     intervened: bool | None = None
+    truths: tuple[str, ...] = ()
 
 
 class EpisodeReader:
@@ -436,7 +441,8 @@ class EpisodeReader:
                     row = None if action is None else action.astype(np.float32)
                     done = self.commands.executed_at(tick_ns)
                     yield Tick(tick_ns, replay.episode, seen, row, None if done is None else done.astype(np.float32),
-                               self.commands.reward_at(tick_ns), self.commands.intervened_at(tick_ns))  # fmt: skip
+                               self.commands.reward_at(tick_ns), self.commands.intervened_at(tick_ns),
+                               self.commands.truths_at(tick_ns))  # fmt: skip
             except MessageError as error:
                 raise BagError(f"{self.bag.path}: {error}") from None
 

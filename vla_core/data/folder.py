@@ -13,7 +13,7 @@ from vla_core.config import from_dict
 from vla_core.contract import RobotContract
 from vla_core.data.dataset import Dataset, DatasetError, EpisodeEntry
 from vla_core.data.frame_cache import Cache, Pictures, cached, open_pictures
-from vla_core.data.happened import EXECUTED, INTERVENED, REWARD
+from vla_core.data.happened import EXECUTED, INTERVENED, REWARD, TRUTH_COLUMN
 from vla_core.data.lerobot.layout import VISUAL, Info
 from vla_core.data.lerobot.reader import LeRobotFolder
 from vla_core.data.plans import plan_names
@@ -119,7 +119,7 @@ def _read(
         stamps_ns=stamps, tasks=tasks, task_index=task_index, images=images, present=present,
         observations=_replayed(folder, contract, spec, cache, images, state, tasks, task_index),
         window_rows=np.arange(len(action)), executed=_optional(folder, EXECUTED, len(contract.action_names)),
-        reward=_optional(folder, REWARD, None), intervened=_intervened(folder),
+        reward=_optional(folder, REWARD, None), intervened=_intervened(folder), truths=_truths(folder),
     )  # fmt: skip
 
 
@@ -150,6 +150,13 @@ def _optional(folder: LeRobotFolder, name: str, width: int | None) -> np.ndarray
 def _intervened(folder: LeRobotFolder) -> np.ndarray | None:
     found = _optional(folder, INTERVENED, None)
     return None if found is None else found > 0.5
+
+
+def _truths(folder: LeRobotFolder) -> dict[str, np.ndarray]:
+    """What was true at each frame (N,), in words."""
+    names = [name for name, feature in folder.info.features.items()
+             if name.startswith(TRUTH_COLUMN) and feature.dtype == "string"]  # fmt: skip
+    return {name.removeprefix(TRUTH_COLUMN): folder.column(name).reshape(-1).astype(str) for name in names}
 
 
 def _entry(index: int, plain: dict[str, Any], instruction: str) -> EpisodeEntry:

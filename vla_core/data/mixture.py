@@ -65,6 +65,7 @@ class Mixture:
             mask=torch.cat([b.mask for b in drawn])[back],
             rows=np.concatenate([b.rows for b in drawn])[order],
             total=len(index),
+            truths={name: torch.cat([b.truths[name] for b in drawn])[back] for name in drawn[0].truths},
         )
 
 

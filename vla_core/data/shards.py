@@ -334,6 +334,8 @@ class _EpisodeSink:
         if self._happened.intervened:
             marks = np.array([[tick.intervened] for tick in self._ticks], dtype=np.float32)
             columns[INTERVENED] = side.fixed_lists(marks)
+        for place, name in enumerate(self._happened.truth_columns):
+            columns[name] = pa.array([tick.truths[place] for tick in self._ticks], pa.string())
         columns["task"] = pa.array([observation.instruction for observation in observations])
         for place, name in enumerate(self._cameras):
             columns[f"picture.{name}"] = pa.array([row[3][place] for row in self._rows], pa.int32())
@@ -364,6 +366,7 @@ def _own_fields(job: BagJob) -> list[pa.Field]:
         fields.append(pa.field(REWARD, pa.list_(pa.float32(), 1)))
     if job.happened.intervened:
         fields.append(pa.field(INTERVENED, pa.list_(pa.float32(), 1)))
+    fields += [pa.field(name, pa.string()) for name in job.happened.truth_columns]
     if spec.state:
         fields.append(pa.field("state", pa.list_(pa.float32(), side.state_size(contract, spec))))
     return fields + [pa.field(f"picture.{name}", pa.int32()) for name in spec.images]
@@ -557,6 +560,8 @@ def episode_rows(shard: Shard, entry: dict[str, Any], job: BagJob) -> EpisodeRow
     columns = {ACTION: _matrix(rows, "action"), **{c: _matrix(rows, c) for c in _happened_columns(job.happened)}}
     if job.spec.state:
         columns[STATE] = _matrix(rows, "state")
+    for name in job.happened.truth_columns:
+        columns[name] = np.array(rows.column(name).to_pylist(), dtype=object)[:, None]
     images: dict[str, Any] = {}
     videos: dict[str, Path] = {}
     for name in job.spec.images:

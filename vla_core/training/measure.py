@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,13 +31,15 @@ class TrainingStep(nn.Module):
         self._type = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
     def forward(
-        self, inputs: ModelInputs, actions: Tensor | None, mask: Tensor | None, generator: torch.Generator | None
-    ) -> Tensor:
+        self, inputs: ModelInputs, actions: Tensor | None, mask: Tensor | None, generator: torch.Generator | None,
+        truths: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:  # fmt: skip
         device = (inputs.state if actions is None else actions).device.type
         with torch.autocast(device, self._type, enabled=self._type is not None):
             if actions is None:
                 return self.model.predict(inputs, generator)
-            return self.model.loss(inputs, actions, mask, generator)
+            more = {"truths": truths} if truths else {}  # which most models know nothing of
+            return self.model.loss(inputs, actions, mask, generator, **more)
 
 
 def noise(seed: int, batch: Batch, device: torch.device | str) -> RowGenerator:
@@ -56,7 +58,7 @@ def held_out_loss(step: nn.Module, source: Source, processes: Processes, size: i
     total, count = 0.0, 0
     for number in _dealt(batches, processes):
         batch = _chunk(source, min(number, batches - 1), size).to(processes.device)
-        loss = step(batch.inputs, batch.actions, batch.mask, noise(number, batch, processes.device))
+        loss = step(batch.inputs, batch.actions, batch.mask, noise(number, batch, processes.device), batch.truths)
         known = int(batch.mask.sum()) if number < batches else 0
         total, count = total + loss.item() * known, count + known
     sums = processes.total(total, count)

@@ -15,7 +15,7 @@ from vla_core.data.mixture import Mixture
 from vla_core.data.options import keep, split, weighted
 from vla_core.errors import choices
 from vla_core.model.vla import MODEL_REGISTRY
-from vla_core.model.vla.sizes import check_sees, columns
+from vla_core.model.vla.sizes import check_sees, classes_of, columns
 from vla_core.observation.batch import Tokenizer
 from vla_core.observation.normalizer import Normalizer, Statistics, check_modes, entry_names
 from vla_core.training.faults import TrainingError
@@ -94,7 +94,8 @@ def build_sources(
         tokenizer = kind.tokenizer(recipe.model, list(dict.fromkeys(text for data in trained for text in data.tasks)))
         normalizers = [_normalizer(recipe, data) for data in trained]
     notes += [f"{d.name}: {line}" for d, n in zip(trained, normalizers, strict=True) for line in n.warnings()]
-    shape = partial(Batches, horizon=recipe.model.horizon, tokenizer=tokenizer, remembers=kind.remembers)
+    shape = partial(Batches, horizon=recipe.model.horizon, tokenizer=tokenizer, remembers=kind.remembers,
+                    classes=classes_of(recipe.model))  # fmt: skip
     parts = [shape(d, normalizer=n) for d, n in zip(trained, normalizers, strict=True)]
     rest_parts = [
         shape(d, normalizer=n)

@@ -223,7 +223,8 @@ class _Run:
         for number, part in enumerate(parts):
             part = augment(part, options.augmentation, options.seed, self.sources.contract.any_of)
             with processes.unsynchronized(self.placed, number + 1 == len(parts)):
-                loss = self.placed(part.inputs, part.actions, part.mask, noise(seed, part, processes.device))
+                loss = self.placed(part.inputs, part.actions, part.mask, noise(seed, part, processes.device),
+                                   part.truths)  # fmt: skip
                 # Gradients are averaged over processes: so weighted, the average is that of all known steps.
                 share = known[number] / all_known
                 self.scaler.scale(loss * (share * processes.count)).backward()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from dataclasses import replace
 from itertools import combinations, pairwise
 
 import numpy as np
@@ -207,8 +208,17 @@ def test_mixed_has_every_kind_in_nine_seeds() -> None:
     assert scenario("mixed", 4).kind == kind_of("mixed", 4)
 
 
+def test_a_green_light_stands_where_a_red_one_does(scenarios: dict[tuple[str, int], Scenario]) -> None:
+    for seed in SEEDS:
+        red, green = scenarios["red_light", seed], scenario("green_light", seed)
+        assert red.route.path.tobytes() == green.route.path.tobytes() and red.weather == green.weather
+        assert red.route.instructions == green.route.instructions and red.spawns == green.spawns
+        ours, theirs = ([replace(light, offset_s=0.0) for light in s.town.lights] for s in (red, green))
+        assert ours == theirs and red.town.lights != green.town.lights
+
+
 def test_an_unknown_kind_names_the_choices() -> None:
-    with pytest.raises(SimulationError, match=r"unknown kind of driving 'parking'; there are follow, mixed, overtake"):
+    with pytest.raises(SimulationError, match=r"unknown kind of driving 'parking'; there are follow, green_light"):
         scenario("parking", 0)
 
 

@@ -12,12 +12,12 @@ import pytest
 
 from vla_core.commands import encode
 from vla_core.contract import NANOSECONDS, Limits, RobotContract
-from vla_core.observation.messages import Message, header_stamp_ns
+from vla_core.observation.messages import Message, deserialize, header_stamp_ns
 from vla_core.runtime.follower import TrajectoryFollower
 from vla_core.sim.base import HasExpert, Journey, SimulationError, View, details_of, instruction_now, is_over
 from vla_core.sim.driving.expert import Expert
 from vla_core.sim.driving.layout import Scenario
-from vla_core.sim.driving.routes import other_instruction
+from vla_core.sim.driving.routes import FRONT_M, other_instruction
 from vla_core.sim.driving.world import PLAN_COLOUR, Driving
 from vla_core.sim.worlds import make_world, task_of
 
@@ -120,11 +120,40 @@ def test_every_tick_has_all_sensors_at_their_rates_from_the_first_on() -> None:
                 assert header_stamp_ns(message.type, message.data) == message.stamp_ns
             world.step(np.array([0.0, 3.0]))
         assert {message.topic for message in world.ground_truth(START)} == {
-            "ground_truth/odom", "ground_truth/objects"
+            "ground_truth/odom", "ground_truth/objects", "ground_truth/light"
         }  # fmt: skip
         assert [message.topic for message in world.statics(START)] == ["/tf_static"]
     finally:
         world.close()
+
+
+def test_the_colour_of_the_next_light_is_told() -> None:
+    """By the town's own clock, within 40 m before its stop line; a drive of the expert's speeds, straight on."""
+    world, told, silent = Driving("green_light", BLIND, View()), set(), 0
+    try:
+        world.reset(1)
+        lane = world.scenario.town.lanes[world.scenario.route.lanes[0]]
+        assert lane.light is not None
+        light = world.scenario.town.lights[lane.light]
+        x, y, heading = light.stop
+        for _ in range(150):
+            ego = world.ego.pose
+            ahead = (x - ego.x) * math.cos(heading) + (y - ego.y) * math.sin(heading) - FRONT_M
+            aside = abs(-(x - ego.x) * math.sin(heading) + (y - ego.y) * math.cos(heading))
+            (said,) = [m for m in world.ground_truth(START) if m.topic == "ground_truth/light"]
+            word = str(deserialize(said.type, said.data).data)
+            if aside < 1.0 and 0.5 < ahead < 38.0:
+                assert word == light.colour(world.time_s)
+                told.add(word)
+            elif math.hypot(x - ego.x, y - ego.y) > 41.0 + FRONT_M:  # and so by the road
+                assert word == "none"
+                silent += 1
+            row = world.expert_rows()[1]
+            steering = math.atan(2.8 * 2 * row[1] / max(row[0] ** 2 + row[1] ** 2, 1.0))
+            world.step(np.array([steering, row[3]]))
+    finally:
+        world.close()
+    assert "green" in told and silent > 3
 
 
 def test_shorter_control_periods_are_the_same_drive_in_smaller_steps() -> None:

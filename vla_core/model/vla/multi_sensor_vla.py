@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from vla_core.config import ConfigError
 from vla_core.errors import VlaError, choices
+from vla_core.model.auxiliary import AuxiliaryConfig, AuxiliaryHead, auxiliary_loss
 from vla_core.model.fusion.sensor_fusion import FUSION_REGISTRY, CrossModalConfig, build_fusion
 from vla_core.model.inputs import Masked, ModelInputs
 from vla_core.model.sensor import SENSOR_REGISTRY, build_sensor
@@ -38,6 +39,8 @@ class MultiSensorRecipe(VLARecipe):
     ``guides``      streams of ``sensors`` that say, as the instruction does, what to look for
     ``summary``     the readout tokens begin as a summary of the fused tokens, the instruction, the state and
                     ``guides``: a way to the head that needs no attention to be learned first
+    ``auxiliary``   what a camera shows, in a word: learned beside the action, from what the dataset says was true, and
+                    told to the head. By the name of the truth (``vla_core.data.happened``)
     ``fusion``      of ``vision``, the streams of ``sensors`` and ``bev``
     ``mounts``      where a sensor is in the robot's base frame, by stream: x, y, z in m and the quaternion x, y, z, w;
                     of a camera its optical frame. The bird's eye view needs those of its sources
@@ -51,6 +54,7 @@ class MultiSensorRecipe(VLARecipe):
     conditioned: bool = False
     guides: tuple[str, ...] = ()
     summary: bool = False
+    auxiliary: dict[str, AuxiliaryConfig] = field(default_factory=dict)
     fusion: Annotated[Any, FUSION_REGISTRY] = field(default_factory=CrossModalConfig)
     mounts: dict[str, Pose] = field(default_factory=dict)
 
@@ -119,6 +123,10 @@ class MultiSensorConfig(MultiSensorRecipe, VLAConfig):
         if unmounted:
             raise ConfigError(f"mounts: lack {choices(unmounted)}, which the bev places by it")
         used = {*self.sensors, *self.own_sensors, *above}
+        for name, head in self.auxiliary.items():
+            if head.camera not in self.cameras:
+                raise ConfigError(f"auxiliary.{name}.camera: no camera {head.camera!r}; choices: "
+                                  f"{choices(self.cameras)}")  # fmt: skip
         unused = [name for name in streams if name not in used]
         if unused or (self.calibrated and self.bev is None):
             raise ConfigError(f"sensors: nothing encodes {choices(unused or ['calibrations'])}; name an encoder, or "
@@ -145,7 +153,7 @@ class MultiSensorVLA(VLAModel):
     Config: type[Any] = MultiSensorConfig
     Recipe: type[Any] = MultiSensorRecipe
     sees: tuple[str, ...] = (*VLAModel.sees, "clouds", "sequences", "maps", "calibrations")
-    parts: tuple[str, ...] = (*PARTS, "sensors", "bev", "fusion")
+    parts: tuple[str, ...] = (*PARTS, "sensors", "bev", "fusion", "auxiliary")
     _config: MultiSensorConfig
 
     def __init__(self, config: MultiSensorConfig, sensor_encoders: Mapping[str, nn.Module] | None = None) -> None:
@@ -170,7 +178,9 @@ class MultiSensorVLA(VLAModel):
         self.widen = nn.ModuleDict({name: nn.Linear(width, self.width) for name, width in widths.items()})
         known = self.language.output_dim + (1 + len(config.guides)) * self.width
         self.condition = nn.Linear(known, self.width) if config.conditioned or config.summary else None
-        self.summary = nn.Linear(2 * self.width, self.readout.numel()) if config.summary else None
+        self.auxiliary = self._auxiliary(config)
+        parts = 2 + len(self.auxiliary)  # of what the summary is made
+        self.summary = nn.Linear(parts * self.width, self.readout.numel()) if config.summary else None
         self.bev = self._bev(config)
         if self.bev is not None:
             self.widen["bev"] = nn.Linear(self.bev.output_dim, self.width)
@@ -180,15 +190,47 @@ class MultiSensorVLA(VLAModel):
         self._freeze_parts()
 
     def see(self, inputs: ModelInputs) -> list[Tokens]:
+        return self._scene(inputs)[0]
+
+    def loss(
+        self, inputs: ModelInputs, actions: Tensor, mask: Tensor, generator: torch.Generator | None = None,
+        truths: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:  # fmt: skip
+        """As :meth:`VLAModel.loss`; plus that of the auxiliary heads, about ``truths`` (B,) int64, where given."""
+        seen, logits = self._scene(inputs)
+        loss: Tensor = self.head.loss(self.read(inputs, seen), actions, mask, generator)
+        if not truths:
+            return loss
+        there = {name: inputs.image_mask[head.camera] for name, head in self._config.auxiliary.items()}
+        return loss + auxiliary_loss(self._config.auxiliary, logits, there, truths)
+
+    @torch.no_grad()
+    def tell(self, inputs: ModelInputs) -> dict[str, Tensor]:
+        """Return the probabilities (B, C) of every auxiliary head's classes."""
+        return {name: logits.softmax(dim=-1) for name, logits in self._scene(inputs)[1].items()}
+
+    def _scene(self, inputs: ModelInputs) -> tuple[list[Tokens], dict[str, Tensor]]:
+        """The tokens that the language model reads, and the auxiliary heads' logits."""
         images, mask = self.images(inputs)
         seen = self.vision(images, mask)
         parts = {"vision": self.project(seen, mask)}
+        told, logits = self._told(parts["vision"].values, mask)
         parts.update({name: self._sense(name, encoder, inputs) for name, encoder in self.sensors.items()})
         if self.bev is not None:
             cameras, clouds = self._cameras(seen, images, mask, inputs), self._clouds(inputs)
             above = self.bev(cameras, clouds, self.known(inputs) if self._config.conditioned else None)
             parts["bev"] = Tokens(self.widen["bev"](above.values), above.mask)
-        return [self.fusion(parts), *self.own(inputs)]
+        return [self.fusion(parts), *self.own(inputs), *told], logits
+
+    def _told(self, vision: Tensor, mask: Tensor) -> tuple[list[Tokens], dict[str, Tensor]]:
+        """What the auxiliary heads make of the vision tokens (B, K Q, D): a token each, and its logits."""
+        cameras = vision.unflatten(1, (mask.shape[1], -1))
+        told, logits = [], {}
+        for name, head in self.auxiliary.items():
+            place = self._config.cameras.index(self._config.auxiliary[name].camera)
+            logits[name], token = head(cameras[:, place], mask[:, place])
+            told.append(token)
+        return told, logits
 
     def _sense(self, name: str, encoder: nn.Module, inputs: ModelInputs) -> Tokens:
         values, mask = _given(inputs.sensor(name), name)
@@ -234,7 +276,8 @@ class MultiSensorVLA(VLAModel):
         learned = super().ask(inputs, seen)
         if self.summary is None:
             return learned
-        scene = torch.cat([masked_mean(seen[0]), self.known(inputs)], dim=-1)
+        told = [token.values[:, 0] for token in seen[len(seen) - len(self.auxiliary) :]]
+        scene = torch.cat([masked_mean(seen[0]), self.known(inputs), *told], dim=-1)
         return learned + self.summary(scene).view_as(learned)
 
     def known(self, inputs: ModelInputs) -> Tensor:
@@ -254,6 +297,9 @@ class MultiSensorVLA(VLAModel):
         # Made here: a buffer would be rounded with the weights.
         mount = pose_matrix(self._config.mounts[name]).to(inputs.tokens.device)
         return Masked(mount.expand(batch, 4, 4), torch.ones(batch, dtype=torch.bool, device=mount.device))
+
+    def _auxiliary(self, config: MultiSensorConfig) -> nn.ModuleDict:
+        return nn.ModuleDict({name: AuxiliaryHead(part, width=self.width) for name, part in config.auxiliary.items()})
 
     def _bev(self, config: MultiSensorConfig) -> BEVEncoder | None:
         if config.bev is None:

@@ -17,6 +17,11 @@ def columns(spec: ObservationSpec, contract: RobotContract) -> dict[str, tuple[s
     return {**named, **{name: MAP_COLUMNS for name in spec.maps}}
 
 
+def classes_of(recipe: Any) -> dict[str, tuple[str, ...]]:
+    """The words that a model's auxiliary heads tell, by what they are about."""
+    return {name: head.classes for name, head in getattr(recipe, "auxiliary", {}).items()}
+
+
 def model_sizes(spec: ObservationSpec, contract: RobotContract, vocab_size: int) -> dict[str, Any]:
     """Arguments of a recipe's ``config``; what single images, a state and an instruction do not have, only if it is
     there, so that models which do not know it need not name it."""

@@ -158,7 +158,10 @@ class VLAModel(PolicyModel):
 
     def encode(self, inputs: ModelInputs) -> Tokens:
         """Return the context (B, N, D) of the action head; raises :class:`VlaError` for what is not given."""
-        seen = self.see(inputs)
+        return self.read(inputs, self.see(inputs))
+
+    def read(self, inputs: ModelInputs, seen: list[Tokens]) -> Tokens:
+        """Return what the language model makes of the instruction and of what was ``seen``: the head's context."""
         injected = join([*seen, present(self.ask(inputs, seen))])
         features: Tokens = self.language(inputs.tokens, injected, mask=inputs.token_mask, cache=self._cache(inputs))
         if self._config.context == "readout":

@@ -33,6 +33,7 @@ from vla_core.sim.driving.routes import RouteTracker
 ROWS, STEP_S = 7, 0.5
 DT_S = 0.1
 SIGHT_M = 50.0
+LIGHT_M = 40.0  # ahead, up to which the colour of a light is told
 FRONT_M = LENGTH_M - REAR_OVERHANG_M
 
 ACCELERATION, EASY, COMFORTABLE, HARDEST = 2.0, 2.0, 3.0, 6.0  # m/s2: up; planned, usual and last braking
@@ -117,6 +118,12 @@ class Expert:
     def progress(self, ego: EgoState) -> float:
         """The furthest station of the route that was reached, in m."""
         return self._tracker.progress(ego)
+
+    def light(self, ego: EgoState, time_s: float) -> str:
+        """The colour of the route's light whose stop line is at most 40 m ahead; "none" where there is none."""
+        s, _ = self._tracker.locate(ego)
+        ahead = [light for line_s, light in self._lights if -0.3 < line_s - s - FRONT_M < LIGHT_M]
+        return ahead[0].colour(time_s) if ahead else "none"
 
     def plan(self, ego: EgoState, users: Sequence[RoadUser], time_s: float) -> np.ndarray:
         """Where the vehicle shall be now and 0.5, 1, ... 3 s from now.

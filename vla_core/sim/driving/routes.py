@@ -55,6 +55,8 @@ KINDS = (
     "red_light",
 )
 MIXED = "mixed"
+GREEN_LIGHT = "green_light"  # the place of red_light with the same seed, for practice: in no mixture
+CHOICES = (*KINDS, GREEN_LIGHT, MIXED)
 
 START_S = 3.0  # of the rear axle on the first lane
 BEYOND_M = 15.0  # of road behind the goal
@@ -70,8 +72,8 @@ def kind_of(kind: str, seed: int) -> str:
     if kind == MIXED:
         turn = np.random.default_rng((seed // len(KINDS), 77)).permutation(len(KINDS))
         return KINDS[int(turn[seed % len(KINDS)])]
-    if kind not in KINDS:
-        raise SimulationError(f"unknown kind of driving {kind!r}; there are {choices((*KINDS, MIXED))}")
+    if kind not in CHOICES:
+        raise SimulationError(f"unknown kind of driving {kind!r}; there are {choices(CHOICES)}")
     return kind
 
 
@@ -82,7 +84,8 @@ def scenario(kind: str, seed: int) -> Scenario:
         SimulationError: no such kind.
     """
     kind = kind_of(kind, seed)
-    words = np.random.default_rng((seed, KINDS.index(kind), 1))
+    told = "red_light" if kind == GREEN_LIGHT else kind
+    words = np.random.default_rng((seed, KINDS.index(told), 1))
     sky = weather(np.random.default_rng((seed, 2)))
     users = np.random.default_rng((seed, 3))  # the same for kinds that share a town
     if kind in ("stop_behind", "overtake"):
@@ -190,7 +193,8 @@ def _route(
 
 
 def _crossing(kind: str, seed: int, words: np.random.Generator, users: np.random.Generator, sky: Weather) -> Scenario:
-    lights, walk = {"pedestrian": (False, True), "red_light": (True, None)}.get(kind, (None, None))
+    at_light = kind in ("red_light", GREEN_LIGHT)
+    lights, walk = (False, True) if kind == "pedestrian" else (True if at_light else None, None)
     district = build("crossing", seed, lights=lights, crosswalk=walk)
     arm = TURNS.get(kind) or int(words.integers(1, 4))
     first = district.junctions[0]
@@ -205,8 +209,8 @@ def _crossing(kind: str, seed: int, words: np.random.Generator, users: np.random
     decisions = [
         (district.town.lanes[turn].turn, way.start(turn), way.start(lanes[lanes.index(turn) + 1])) for (turn,) in turns
     ]
-    if kind == "red_light":
-        district = _red(district, way, users)
+    if at_light:
+        district = _turned(district, way, users, kind == "red_light")
     others = crossing_users(district, users)
     if kind == "follow":
         others = [slow_one(way.lanes, START_S + FRONT_M, users), *others]
@@ -267,13 +271,18 @@ def _straight(district: District, lane: int) -> float:
     return float(stations(centre)[changes[1] + 1]) + 22.0 if len(changes) > 2 else 0.5 * float(stations(centre)[-1])
 
 
-def _red(district: District, way: _Way, rng: np.random.Generator) -> District:
-    """The lights turned so that the route's first one has been red for a while when the vehicle gets there."""
+def _turned(district: District, way: _Way, rng: np.random.Generator, red: bool) -> District:
+    """The lights turned so that the route's first one has been red for a while when the vehicle gets there; or is
+    green, or has just been.
+    """
     lane = district.town.lanes[way.lanes[0]]
     assert lane.light is not None
     light = district.town.lights[lane.light]
     arrival = (way.starts[1] - FRONT_M) / (0.8 * lane.speed_mps) + 2.0
-    wanted = light.green_s + light.yellow_s + float(rng.uniform(3.5, light.red_s - 3.0))
+    if red:
+        wanted = light.green_s + light.yellow_s + float(rng.uniform(3.5, light.red_s - 3.0))
+    else:
+        wanted = float(rng.uniform(0.0, light.green_s + light.yellow_s))
     shift = wanted - arrival - light.offset_s
 
     def turned(board: Light) -> Light:
