@@ -143,37 +143,8 @@ class Dataset:
         return self.tasks[self.task_index[row]]
 
     def statistics(self) -> Statistics:
-        """Statistics of ``state`` and ``action`` over all frames; of clouds, sequences and maps, over up to 1,000
-        frames spread evenly, under their stream's name.
-
-        Plans have statistics of each of their rows. What is missing does not count.
-        """
-        found = {"state": self._state_statistics(), "action": compute_statistics(self.action)}
-        if self.observations is None:
-            return found
-        rows = np.unique(np.linspace(0, self.frames - 1, STATISTICS_FRAMES).round().astype(np.int64))
-        seen = [self.observations[int(row)] for row in rows]
-        for name in (*self.spec.clouds, *self.spec.sequences, *self.spec.maps):
-            values = [_values(observation, name) for observation in seen]
-            there = [value for value in values if value is not None and len(value)]
-            if there:  # a stream that is never there has no statistics, and no use for them
-                found[name] = compute_statistics(np.concatenate(there))
-        return found
-
-    def _state_statistics(self) -> dict[str, list[float]]:
-        """Of each stream's entries where the stream is there."""
-        parts, first = [], 0
-        for name in self.spec.state:
-            entries = slice(first, first := first + len(self.contract.stream(name).names))
-            there = self.present.get(name)
-            rows = self.state if there is None or there.all() else self.state[there]
-            if not len(rows):
-                raise DatasetError(f"{self.name}: {name} is missing at all {self.frames} frames")
-            parts.append(compute_statistics(rows[:, entries]))
-        if not parts:
-            return compute_statistics(self.state)
-        joined = {key: [value for part in parts for value in part[key]] for key in parts[0] if key != "count"}
-        return {**joined, "count": [min(part["count"][0] for part in parts)]}
+        """As :func:`statistics_of` this dataset alone."""
+        return statistics_of([self])
 
     def select(self, episodes: Sequence[int]) -> Dataset:
         """Only the episodes at these places, in this order; no picture is copied."""
@@ -240,6 +211,53 @@ class Dataset:
             reward=_of_all([e.reward for e in episodes], name, "reward"),
             intervened=_as_bool(_of_all([e.intervened for e in episodes], name, "intervened")),
         )  # fmt: skip
+
+
+def statistics_of(datasets: Sequence[Dataset]) -> Statistics:
+    """Statistics of ``state`` and ``action`` over all frames of datasets of one layout; of clouds, sequences and maps,
+    over up to 1,000 frames spread evenly, under their stream's name.
+
+    Plans have statistics of each of their rows. What is missing does not count.
+    """
+    first = datasets[0]
+    found = {"state": _state_statistics(datasets),
+             "action": compute_statistics(np.concatenate([data.action for data in datasets]))}  # fmt: skip
+    if first.observations is None:
+        return found
+    ends = np.cumsum([data.frames for data in datasets])
+    rows = np.unique(np.linspace(0, ends[-1] - 1, STATISTICS_FRAMES).round().astype(np.int64))
+    seen = [_observation(datasets, ends, int(row)) for row in rows]
+    for name in (*first.spec.clouds, *first.spec.sequences, *first.spec.maps):
+        values = [_values(observation, name) for observation in seen]
+        there = [value for value in values if value is not None and len(value)]
+        if there:  # a stream that is never there has no statistics, and no use for them
+            found[name] = compute_statistics(np.concatenate(there))
+    return found
+
+
+def _observation(datasets: Sequence[Dataset], ends: np.ndarray, row: int) -> Observation:
+    """The observation of a row of all datasets' frames."""
+    place = int(np.searchsorted(ends, row, side="right"))
+    observations = datasets[place].observations
+    assert observations is not None, "datasets of one layout"
+    return observations[row - int(ends[place]) + datasets[place].frames]
+
+
+def _state_statistics(datasets: Sequence[Dataset]) -> dict[str, list[float]]:
+    """Of each stream's entries where the stream is there."""
+    first, parts, place = datasets[0], [], 0
+    for name in first.spec.state:
+        entries = slice(place, place := place + len(first.contract.stream(name).names))
+        there = [data.present.get(name, np.ones(data.frames, dtype=bool)) for data in datasets]
+        rows = np.concatenate([data.state[mask] for data, mask in zip(datasets, there, strict=True)])
+        if not len(rows):
+            names, frames = ", ".join(data.name for data in datasets), sum(data.frames for data in datasets)
+            raise DatasetError(f"{names}: {name} is missing at all {frames} frames")
+        parts.append(compute_statistics(rows[:, entries]))
+    if not parts:
+        return compute_statistics(np.concatenate([data.state for data in datasets]))
+    joined = {key: [value for part in parts for value in part[key]] for key in parts[0] if key != "count"}
+    return {**joined, "count": [min(part["count"][0] for part in parts)]}
 
 
 def _of_all(parts: Sequence[np.ndarray | None], name: str, what: str) -> np.ndarray | None:

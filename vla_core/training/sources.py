@@ -1,4 +1,4 @@
-"""What a run draws from: datasets filtered and split, each normalized by its own statistics, mixed by weight."""
+"""What a run draws from: datasets filtered and split, normalized by their robot's statistics, mixed by weight."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from vla_core.checkpoint import Checkpoint
 from vla_core.contract import ContractError, RobotContract
 from vla_core.data.batches import Batches
-from vla_core.data.dataset import Dataset
+from vla_core.data.dataset import Dataset, statistics_of
 from vla_core.data.mixture import Mixture
 from vla_core.data.options import keep, split, weighted
 from vla_core.errors import choices
@@ -65,6 +65,7 @@ def build_sources(
 ) -> Sources:
     """Filter, split, normalize and mix; ``validation`` has a held-out dataset, or none, for each of ``datasets``.
 
+    Datasets of one robot are normalized by the statistics of all of them, those of other robots by their own.
     What goes on from the weights of ``start`` sees numbers and words as it did: all datasets are normalized by its
     statistics, and its tokenizer reads their instructions.
     """
@@ -92,7 +93,7 @@ def build_sources(
         normalizers = [start.normalizer] * len(trained)
     else:
         tokenizer = kind.tokenizer(recipe.model, list(dict.fromkeys(text for data in trained for text in data.tasks)))
-        normalizers = [_normalizer(recipe, data) for data in trained]
+        normalizers = _normalizers(recipe, trained)
     notes += [f"{d.name}: {line}" for d, n in zip(trained, normalizers, strict=True) for line in n.warnings()]
     shape = partial(Batches, horizon=recipe.model.horizon, tokenizer=tokenizer, remembers=kind.remembers,
                     classes=classes_of(recipe.model))  # fmt: skip
@@ -110,8 +111,19 @@ def _mixed(parts: Sequence[Batches], weights: Sequence[float] | None) -> Batches
     return parts[0] if len(parts) == 1 else Mixture(parts, weights)
 
 
-def _normalizer(recipe: Recipe, data: Dataset) -> Normalizer:
-    return Normalizer(recipe.normalization, data.statistics(), columns(data.spec, data.contract),
+def _normalizers(recipe: Recipe, datasets: Sequence[Dataset]) -> list[Normalizer]:
+    """One for each dataset; those of one robot share theirs, since a number means the same in all of them."""
+    made: list[Normalizer] = []
+    for data in datasets:
+        robot = [other for other in datasets if not _differ(data.contract, other.contract)]
+        known = [normalizer for other, normalizer in zip(datasets, made, strict=False) if other in robot]
+        made.append(known[0] if known else _normalizer(recipe, robot))
+    return made
+
+
+def _normalizer(recipe: Recipe, datasets: Sequence[Dataset]) -> Normalizer:
+    data = datasets[0]
+    return Normalizer(recipe.normalization, statistics_of(datasets), columns(data.spec, data.contract),
                       entry_names(data.spec, data.contract))  # fmt: skip
 
 
