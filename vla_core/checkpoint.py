@@ -29,7 +29,7 @@ from vla_core.config import ConfigError, from_dict, to_dict
 from vla_core.contract import RobotContract
 from vla_core.errors import VlaError, choices
 from vla_core.model.vla import MODEL_REGISTRY, build_model
-from vla_core.model.vla.sizes import check_images, check_sees, columns, model_sizes
+from vla_core.model.vla.sizes import check_images, check_rates, check_sees, columns, model_sizes
 from vla_core.model.vlm.text_encoder import HubTokenizer, WordTokenizer, tokenizer_from_dict
 from vla_core.observation.builder import ObservationSpec
 from vla_core.observation.normalizer import Normalization, Normalizer, Statistics, entry_names
@@ -176,6 +176,7 @@ def _check_sizes(path: Path, config: PolicyConfig, contract: RobotContract, stat
     try:
         check_sees(config.model.type, MODEL_REGISTRY[config.model.type].sees, config.observation)
         check_images(config.model, config.observation)
+        check_rates(config.model, contract)
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from None
     if set(config.model.cameras) != set(config.observation.images):

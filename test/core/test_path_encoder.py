@@ -10,9 +10,11 @@ from hypothesis import strategies as st
 from scipy.integrate import solve_ivp
 
 from vla_core.config import ConfigError
+from vla_core.contract import RobotContract
 from vla_core.errors import VlaError
 from vla_core.model.sensor import PathConfig, PathEncoder
 from vla_core.model.sensor.path_encoder import reckoned
+from vla_core.training.recipe import load_recipe
 
 STEP_S = 0.02
 
@@ -116,3 +118,11 @@ def test_configurations_that_cannot_be(changes: dict[str, float], message: str) 
 def test_columns_that_are_no_speeds() -> None:
     with pytest.raises(VlaError, match="2 columns, the forward speed and the yaw rate; found 6"):
         PathEncoder(PathConfig(), input_dim=6)
+
+
+def test_a_rate_that_is_not_the_streams_is_refused() -> None:
+    recipe, contract = load_recipe("drive"), RobotContract.load("driving")
+    assert recipe.model_config(contract, 8).sensors["way"].rate_hz == contract.stream("way").rate_hz
+    slow = load_recipe("drive", ["model.sensors.way.rate_hz=20"])
+    with pytest.raises(ConfigError, match=r"way.rate_hz: 20, but the stream way of 'driving' comes at 50 Hz"):
+        slow.model_config(contract, 8)

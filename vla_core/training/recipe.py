@@ -11,7 +11,7 @@ from vla_core.contract import RobotContract
 from vla_core.data.options import DataOptions
 from vla_core.model.vla import MODEL_REGISTRY
 from vla_core.model.vla import MiniVLARecipe as MiniVLARecipe
-from vla_core.model.vla.sizes import check_images, check_sees, model_sizes
+from vla_core.model.vla.sizes import check_images, check_rates, check_sees, model_sizes
 from vla_core.observation.builder import ObservationSpec
 from vla_core.observation.normalizer import Normalization
 from vla_core.runtime.execution import Execution
@@ -41,6 +41,7 @@ class Recipe:
         """The whole model configuration for the robot; raises :class:`ConfigError` where the two do not fit."""
         check_sees(self.model.type, MODEL_REGISTRY[self.model.type].sees, self.observation)
         check_images(self.model, self.observation)
+        check_rates(self.model, contract)
         return self.model.config(**model_sizes(self.observation, contract, vocab_size))
 
 

@@ -56,3 +56,13 @@ def check_images(config: Any, spec: ObservationSpec) -> None:
         if expected is not None and (image.height, image.width) != tuple(expected):
             raise ConfigError(f"observation.images.{name}: {image.height}x{image.width} pixels, "
                               f"model.vision.image_size is {expected[0]}x{expected[1]}; make them equal")  # fmt: skip
+
+
+def check_rates(config: Any, contract: RobotContract) -> None:
+    """Raise :class:`ConfigError` where an encoder counts time by another rate than that of its stream."""
+    for name, encoder in getattr(config, "sensors", {}).items():
+        rate_hz = getattr(encoder, "rate_hz", None)
+        found_hz = contract.stream(name).rate_hz
+        if rate_hz is not None and found_hz is not None and abs(rate_hz - found_hz) > 1e-3 * found_hz:
+            raise ConfigError(f"model.sensors.{name}.rate_hz: {rate_hz:g}, but the stream {name} of {contract.name!r} "
+                              f"comes at {found_hz:g} Hz; make them equal")  # fmt: skip
