@@ -20,6 +20,7 @@ import torch
 
 from vla_core.checkpoint import Checkpoint, PolicyConfig, fingerprint
 from vla_core.cli import main
+from vla_core.errors import VlaError
 from vla_core.evaluation.closed_loop import closed_loop_success, evaluate, run_episode
 from vla_core.evaluation.ensemble import Ensemble
 from vla_core.evaluation.plan import EvaluationError, Wanted, make_plan
@@ -395,3 +396,12 @@ def test_outcomes_come_in_the_plans_order_whatever_the_order_of_arrival(place: P
     forth = results(plan, outcomes, [], {})
     assert timeless(results(plan, outcomes[::-1], [], {})) == timeless(forth)
     assert [episode["seed"] for episode in forth["runs"][0]["episodes"]] == list(range(5))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_models_run_on_the_device_that_is_asked_for(place: Path, workers: int) -> None:
+    plan, _ = make_plan([Wanted(label="x", trainings=(("one",),))],
+                        [Assignment(world="toy:lift", instructions=("go",), max_steps=3)], range(2))  # fmt: skip
+    assert all(outcome.result is not None for outcome in run_plan(plan, workers, None, "cpu"))
+    with pytest.raises(VlaError, match=r"device 'cuda:99': torch .* has none here; choices: cpu"):
+        list(run_plan(plan, workers, None, "cuda:99"))

@@ -80,6 +80,7 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--execution", nargs="+", metavar="key=value", help="further changes to it, such as steps=3")
     parser.add_argument("--dataset", help="whose statistics a policy takes that was trained on a mixture")
     parser.add_argument("--workers", type=positive, default=1, help="processes; the result does not depend on it")
+    parser.add_argument("--device", default="cpu", help="where the models run, such as cuda; default: cpu")
     parser.add_argument("--videos", type=Path, metavar="DIR", help="an MP4 file an episode, its outcome in the name")
     parser.add_argument("--videos-of", choices=("all", "failures"), default="all")
 
@@ -186,7 +187,7 @@ def _run(plan: Plan, parsed: argparse.Namespace) -> dict[str, Any]:
     videos = Videos(folder=parsed.videos, of=parsed.videos_of) if parsed.videos else None
     outcomes, succeeded = [], 0
     with bar("evaluate", len(plan.jobs())) as advance:
-        for outcome in run_plan(plan, parsed.workers, videos):
+        for outcome in run_plan(plan, parsed.workers, videos, parsed.device):
             outcomes.append(outcome)
             succeeded += outcome.result is not None and outcome.result.success
             advance(len(outcomes), f"{succeeded} of {len(outcomes)} succeeded")

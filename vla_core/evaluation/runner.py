@@ -59,21 +59,21 @@ class Videos:
     of: Literal["all", "failures"] = "all"
 
 
-def run_plan(plan: Plan, workers: int = 1, videos: Videos | None = None) -> Iterator[Outcome]:
-    """Outcomes as they come; ``workers`` is the number of processes, 1 stays in this one.
+def run_plan(plan: Plan, workers: int = 1, videos: Videos | None = None, device: str = "cpu") -> Iterator[Outcome]:
+    """Outcomes as they come; ``workers`` is the number of processes, 1 stays in this one. ``device`` is the models'.
 
     Raises :class:`VlaError` where a policy or a world cannot be loaded: nothing of it can be run then.
     """
     jobs = plan.jobs()
     if workers == 1:
-        runner = Runner(plan, videos)
+        runner = Runner(plan, videos, device)
         try:
             with one_thread():
                 yield from map(runner.run, jobs)
         finally:
             runner.close()
         return
-    pool = _Pool(plan, videos, jobs)
+    pool = _Pool(plan, videos, device, jobs)
     try:
         yield from pool.run(min(workers, len(jobs)))
     finally:
@@ -83,8 +83,8 @@ def run_plan(plan: Plan, workers: int = 1, videos: Videos | None = None) -> Iter
 class Runner:
     """Keeps the policies that it has used, and the newest world."""
 
-    def __init__(self, plan: Plan, videos: Videos | None) -> None:
-        self._plan, self._videos = plan, videos
+    def __init__(self, plan: Plan, videos: Videos | None, device: str = "cpu") -> None:
+        self._plan, self._videos, self._device = plan, videos, device
         self._policies: dict[int, Policy] = {}
         self._warm: set[int] = set()  # runs whose first inference, slower than the others, is not the first measured
         self._world: World | None = None
@@ -134,7 +134,7 @@ class Runner:
     def _policy(self, entry: int) -> Policy:
         if entry not in self._policies:
             plan = self._plan
-            members = [load_policy(member.folder(), plan.policy_seed, plan.dataset)
+            members = [load_policy(member.folder(), plan.policy_seed, plan.dataset, self._device)
                        for member in plan.entries[entry].members]  # fmt: skip
             self._policies[entry] = members[0] if len(members) == 1 else Ensemble(members)
         return self._policies[entry]
@@ -187,8 +187,8 @@ class _Worker:
 class _Pool:
     """Hands jobs to processes one by one: whoever dies loses one episode, and is replaced."""
 
-    def __init__(self, plan: Plan, videos: Videos | None, jobs: list[Job]) -> None:
-        self._plan, self._videos = plan, videos
+    def __init__(self, plan: Plan, videos: Videos | None, device: str, jobs: list[Job]) -> None:
+        self._given = plan, videos, device
         self._left = list(jobs)
         self._workers: dict[Connection, _Worker] = {}
         # A fork of a process that has rendered has a graphics context that it cannot use.
@@ -228,7 +228,7 @@ class _Pool:
 
     def _start(self) -> None:
         mine, theirs = self._context.Pipe()
-        process = self._context.Process(target=_serve, args=(theirs, self._plan, self._videos), daemon=True)
+        process = self._context.Process(target=_serve, args=(theirs, *self._given), daemon=True)
         process.start()
         theirs.close()  # with no other end open, the death of the process ends the connection
         worker = _Worker(process, mine, self._take(None))
@@ -284,11 +284,11 @@ class _Pool:
         return f"its process was ended by {signal.Signals(-code).name}{hint}"
 
 
-def _serve(connection: Connection, plan: Plan, videos: Videos | None) -> None:
+def _serve(connection: Connection, plan: Plan, videos: Videos | None, device: str) -> None:
     """A worker process: episodes until the connection ends. What cannot be loaded is answered as text."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends its workers
     torch.set_num_threads(1)
-    runner = Runner(plan, videos)
+    runner = Runner(plan, videos, device)
     try:
         while True:
             job = connection.recv()

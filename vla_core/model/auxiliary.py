@@ -59,9 +59,9 @@ class AuxiliaryHead(nn.Module):
 def auxiliary_loss(heads: Mapping[str, AuxiliaryConfig], logits: Mapping[str, Tensor], there: Mapping[str, Tensor],
                    truths: Mapping[str, Tensor]) -> Tensor:  # fmt: skip
     """The weighted sum of the cross entropies, each over the samples whose picture and class (-1: not) are known."""
-    total = torch.zeros(())
+    losses = []
     for name, head in heads.items():
         truth = torch.where(there[name], truths[name], -1)
-        sums = F.cross_entropy(logits[name].float(), truth, ignore_index=-1, reduction="sum")
-        total = total.to(sums.device) + head.weight * sums / (truth >= 0).sum().clamp(min=1)
-    return total
+        total = F.cross_entropy(logits[name].float(), truth, ignore_index=-1, reduction="sum")
+        losses.append(head.weight * total / (truth >= 0).sum().clamp(min=1))
+    return torch.stack(losses).sum()
