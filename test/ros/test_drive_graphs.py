@@ -69,7 +69,8 @@ def test_a_recorded_drive_is_that_of_one_process_bit_by_bit(domain: int, tmp_pat
     faults, noise = ["lidar=dropped@0.5-1", "imu=delayed:0.2", "back=frozen@1"], Noise(share=0.5, scale=0.2)
     run("record_drive", output=str(tmp_path / "bags"), episodes=1, seed=2, max_steps=12, camera_size=32,
         disturbance="share=0.5 scale=0.2", faults=" ".join(faults), results=str(tmp_path / "results.json"),
-        also=f"/tf_static=tf2_msgs/msg/TFMessage ground_truth/odom=nav_msgs/msg/Odometry "
+        also="/tf_static=tf2_msgs/msg/TFMessage ground_truth/odom=nav_msgs/msg/Odometry "
+             "ground_truth/light=std_msgs/msg/String "
              f"{EXECUTED}drive=ackermann_msgs/msg/AckermannDriveStamped")  # fmt: skip
     (path,) = find_bags([tmp_path / "bags"])
     heard: Recorded = defaultdict(list)
