@@ -29,7 +29,7 @@ from vla_core.training.options import ClosedLoop
 from vla_core.training.recipe import Recipe
 from vla_core.training.trainer import Progress, TrainingError, train
 
-from .helpers import SPEC, dataset, recipe
+from .helpers import CONTRACT, SPEC, dataset, recipe
 from .whole_models import one_thread as one_thread
 
 
@@ -266,10 +266,13 @@ def test_episodes_of_the_same_dataset_are_held_out() -> None:
     assert result.checkpoint.normalizer.statistics == kept.statistics(), "the held-out ones are not looked at"
 
 
-def test_every_dataset_of_a_mixture_has_its_own_statistics(tmp_path: Path) -> None:
+def test_every_robot_of_a_mixture_has_its_own_statistics(tmp_path: Path) -> None:
     """A robot whose numbers are ten times as large is the same one to the model."""
     small = dataclasses.replace(dataset((20, 15)), name="small")
-    large = dataclasses.replace(dataset((20, 15)), name="large", state=10 * small.state, action=10 * small.action)
+    arm = dataclasses.replace(CONTRACT.actions["arm"], low=(-10.0, -20.0), high=(10.0, 20.0))
+    other = dataclasses.replace(CONTRACT, actions={"arm": arm})
+    large = dataclasses.replace(dataset((20, 15), other), name="large", state=10 * small.state,
+                                action=10 * small.action)  # fmt: skip
     recipe_ = recipe(steps=40, batch_size=32, learning_rate=1e-2)
     mixed = train(dataclasses.replace(recipe_, data=DataOptions(weights={"small": 1, "large": 3})), [small, large])
     mixed.checkpoint.save(tmp_path / "mixed")

@@ -1,4 +1,4 @@
-"""Several datasets drawn from as one, each normalized by its own statistics."""
+"""Several datasets drawn from as one, each normalized by the statistics of its robot."""
 
 from __future__ import annotations
 

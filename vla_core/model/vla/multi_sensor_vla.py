@@ -153,7 +153,7 @@ class MultiSensorVLA(VLAModel):
     Config: type[Any] = MultiSensorConfig
     Recipe: type[Any] = MultiSensorRecipe
     sees: tuple[str, ...] = (*VLAModel.sees, "clouds", "sequences", "maps", "calibrations")
-    parts: tuple[str, ...] = (*PARTS, "sensors", "bev", "fusion", "auxiliary")
+    parts: tuple[str, ...] = (*PARTS, "sensors", "bev", "fusion")
     _config: MultiSensorConfig
 
     def __init__(self, config: MultiSensorConfig, sensor_encoders: Mapping[str, nn.Module] | None = None) -> None:
