@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from vla_core.config import ConfigError
@@ -20,12 +21,15 @@ from vla_core.data.lerobot.layout import V21, V30
 from vla_core.data.mixture import Mixture
 from vla_core.model.auxiliary import AuxiliaryConfig
 from vla_core.model.inputs import ModelInputs
-from vla_core.model.vla import MultiSensorVLA
+from vla_core.model.vla import MultiSensorRecipe, MultiSensorVLA
+from vla_core.model.vlm import TinyCNNEncoderConfig
 from vla_core.observation.builder import ObservationSpec
 from vla_core.observation.messages import Message, text
 from vla_core.observation.normalizer import Normalization, Normalizer
+from vla_core.training.faults import save_batch
+from vla_core.training.trainer import Result, train
 
-from .helpers import START, STEP, dataset, stream_messages, write_bag
+from .helpers import START, STEP, dataset, recipe, stream_messages, write_bag
 from .test_batches import tokenizer
 from .test_multi_sensor_vla import driver
 from .whole_models import chunk_of
@@ -70,7 +74,7 @@ DATA = dataset()
 TOKENIZER = tokenizer(DATA.tasks)
 
 
-def test_a_batch_has_the_class_of_each_word() -> None:
+def test_a_batch_has_the_class_of_each_word(tmp_path: Path) -> None:
     words = np.random.default_rng(0).choice([*WORDS, ""], DATA.frames)
     one = dataclasses.replace(DATA, truths={"light": words}, name="one")
     other = dataclasses.replace(DATA, truths={"light": words[::-1]}, name="other")
@@ -80,6 +84,8 @@ def test_a_batch_has_the_class_of_each_word() -> None:
     numbers = {"none": 0, "green": 1, "red": 2, "": -1}
     expected = [numbers[(words, words[::-1])[source][frame]] for source, frame in batch.rows]
     assert batch.truths["light"].tolist() == expected and batch.truths["light"].dtype == torch.int64
+    place = save_batch(tmp_path, 3, [batch], [one, other], 0, {})
+    assert torch.equal(load_file(place / "batch_0_0.safetensors")["truths.light"], batch.truths["light"])
     assert not batches(one).draw(index[:3] % len(one.window_rows)).truths
 
 
@@ -112,11 +118,14 @@ def lights(batch: int, seed: int) -> tuple[ModelInputs, Tensor]:
     return inputs, red
 
 
+# One camera alone, of the driver of the other test.
+PLAIN: dict[str, Any] = {"clouds": {}, "bev_clouds": (), "bev_merged": {}, "bev": None, "conditioned": False,
+                         "mounts": {}}  # fmt: skip
+
+
 def model(**changes: Any) -> MultiSensorVLA:
-    plain: dict[str, Any] = {"clouds": {}, "bev_clouds": (), "bev_merged": {}, "bev": None, "conditioned": False,
-                             "mounts": {}, "auxiliary": LIGHT}  # fmt: skip
     torch.manual_seed(0)
-    return MultiSensorVLA(driver(**{**plain, **changes}))
+    return MultiSensorVLA(driver(**{**PLAIN, "auxiliary": LIGHT, **changes}))
 
 
 def test_its_loss_is_the_cross_entropy_of_what_is_seen_and_known() -> None:
@@ -171,3 +180,25 @@ def test_it_learns_what_it_is_told_and_the_action_follows_it() -> None:
 def test_heads_that_cannot_be(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         model(auxiliary={"light": dataclasses.replace(LIGHT["light"], **change)})
+
+
+def test_training_and_what_is_held_out_know_what_was_true() -> None:
+    """The same run with other words in the dataset is another one."""
+    words = np.random.default_rng(0).choice(WORDS, DATA.frames)
+    plain = {f.name: getattr(driver(**PLAIN), f.name) for f in dataclasses.fields(MultiSensorRecipe)}
+    vision = TinyCNNEncoderConfig(image_size=(6, 8), output_dim=8, channels=(8,))
+    light = {"light": AuxiliaryConfig(camera="camera", classes=WORDS)}
+    model = MultiSensorRecipe(**{**plain, "horizon": 4, "vision": vision, "auxiliary": light})
+    wanted = dataclasses.replace(recipe(steps=3, validate_every=3), model=model)
+
+    def run(shown: np.ndarray, held_out: np.ndarray) -> tuple[torch.Tensor, float | None]:
+        data, rest = (dataclasses.replace(DATA, truths={"light": told}) for told in (shown, held_out))
+        result: Result = train(wanted, data.select([0]), rest.select([1]))
+        return result.checkpoint.model.auxiliary["light"].classify[0].weight, result.validation_loss
+
+    others = np.roll(words, 1)
+    pairs = (words, words), (words, words), (others, words), (words, others)
+    first, again, taught, measured = (run(shown, held_out) for shown, held_out in pairs)
+    assert torch.equal(first[0], again[0]) and first[1] == again[1]
+    assert not torch.equal(first[0], taught[0])
+    assert torch.equal(first[0], measured[0]) and first[1] != measured[1]

@@ -60,6 +60,7 @@ def save_batch(
     for number, batch in enumerate(batches):
         tensors = {f"inputs.{name}": tensor for name, tensor in _tensors(batch.inputs)}
         tensors |= {"actions": batch.actions, "mask": batch.mask}
+        tensors |= {f"truths.{name}": numbers for name, numbers in batch.truths.items()}
         save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()},
                   place / f"batch_{rank}_{number}.safetensors")  # fmt: skip
     record = facts | {"rank": rank, "samples": [sample for batch in batches for sample in origins(batch, datasets)]}

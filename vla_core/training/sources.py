@@ -115,7 +115,7 @@ def _normalizers(recipe: Recipe, datasets: Sequence[Dataset]) -> list[Normalizer
     """One for each dataset; those of one robot share theirs, since a number means the same in all of them."""
     made: list[Normalizer] = []
     for data in datasets:
-        robot = [other for other in datasets if not _differ(data.contract, other.contract)]
+        robot = [other for other in datasets if _same_robot(data.contract, other.contract)]
         known = [normalizer for other, normalizer in zip(datasets, made, strict=False) if other in robot]
         made.append(known[0] if known else _normalizer(recipe, robot))
     return made
@@ -146,6 +146,11 @@ def _check(recipe: Recipe, data: Dataset, first: Dataset, validation: Dataset | 
     if validation and (validation.spec != data.spec or _differ(validation.contract, data.contract)):
         raise TrainingError(f"the validation dataset {validation.name} was built for another observation or contract "
                             f"than the dataset {data.name}")  # fmt: skip
+
+
+def _same_robot(a: RobotContract, b: RobotContract) -> bool:
+    """Whether one of them has what the other one has, and perhaps further sensors."""
+    return not (_differ(a, b) and _differ(b, a))
 
 
 def _differ(a: RobotContract, b: RobotContract) -> bool:

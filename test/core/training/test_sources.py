@@ -18,6 +18,8 @@ def test_datasets_of_one_robot_share_their_statistics() -> None:
     reach = CONTRACT.actions["arm"]
     other = dataclasses.replace(CONTRACT, actions={"arm": dataclasses.replace(reach, high=(1.0, 5.0))})
     stranger = dataclasses.replace(fast, name="stranger", contract=other)
+    more = {**CONTRACT.observations, "wrist": CONTRACT.observations["camera"]}  # a sensor that nobody asks for
+    fast = dataclasses.replace(fast, contract=dataclasses.replace(CONTRACT, observations=more))
     sources = build_sources(recipe(), [slow, stranger, fast], [None] * 3)
     mine, its, again = sources.normalizers
     assert mine is again and mine is not its

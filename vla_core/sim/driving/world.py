@@ -14,6 +14,7 @@ import cv2
 import numpy as np
 
 from vla_core.contract import NANOSECONDS, RobotContract
+from vla_core.data.happened import TRUTH_PREFIX, TRUTH_TYPE
 from vla_core.errors import choices
 from vla_core.observation import messages
 from vla_core.observation.messages import Message
@@ -33,7 +34,6 @@ CAMERA_SIZE = 84
 PEOPLE_SIZE = 480
 DECISION_S = 0.1  # the longest time between two decisions of the others
 SWEEP_S = 0.1  # of the LiDAR, the slowest sensor but the cameras
-STRING = "std_msgs/msg/String"
 PERIOD_S = 0.01  # of which the control period is a multiple
 COLUMNS = ("x", "y", "yaw", "speed")  # of the expert's rows
 ROUTE_COLOUR, PLAN_COLOUR, TEXT_COLOUR = (90, 200, 255), (255, 90, 200), (255, 255, 255)
@@ -181,7 +181,7 @@ class Driving:
     def ground_truth(self, stamp_ns: int) -> list[Message]:
         """``ground_truth/odom``, ``ground_truth/objects`` and ``ground_truth/light``, the colour of the next light."""
         light = messages.text(self._expert.light(self._running.ego, self.time_s))
-        return [*self._running.ground_truth(stamp_ns), Message("ground_truth/light", STRING, stamp_ns, light)]
+        return [*self._running.ground_truth(stamp_ns), Message(TRUTH_PREFIX + "light", TRUTH_TYPE, stamp_ns, light)]
 
     def watch_plan(self, rows: np.ndarray | None) -> None:
         """Draw a trajectory (H, A) in the contract's columns, from where the vehicle is now; None draws none."""
