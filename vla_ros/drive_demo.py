@@ -53,6 +53,7 @@ MARKER = ".vla_demo"
 CORES = 2  # that graphs and workers share
 BATCH = 3  # routes of each condition at a time
 GLIMPSES = 2  # of each of the first held-out drives
+DRIVE_BYTES = 160_000_000  # on disk: a drive's bag, its rows of the dataset and its decoded pictures
 CONDITIONS = ("instruction_swapped", "cameras_black", "cameras_lost", "lidar_lost", "radars_lost", "imu_lost",
               "all_lost")  # fmt: skip
 
@@ -106,6 +107,7 @@ class DriveDemo:
             raise DriveDemoError(
                 f"{self.out} holds something else than an earlier demo; choose another folder with --out"
             )
+        _require_space(self.out, options.drives + options.held_out)
         self._seconds: dict[str, float] = {}
         self._notes: list[str] = []
         self._start = time.monotonic()
@@ -283,6 +285,18 @@ class DriveDemo:
             first += share
         run_graphs(title, runs, self.out / "logs")
         return len(runs)
+
+
+def _require_space(out: Path, drives: int) -> None:
+    """A disk that would be full in the middle fails before the first drive; what an earlier demo takes is freed."""
+    there = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(there).free + (_bytes(out) if out.exists() else 0)
+    needed = drives * DRIVE_BYTES
+    if free < needed:
+        raise DriveDemoError(
+            f"{out}: {drives} drives take about {needed / 1e9:.1f} GB with dataset and pictures, {free / 1e9:.1f} GB "
+            "are free; free some, choose another disk with --out, or record fewer with --drives"
+        )
 
 
 def _words(condition: Condition) -> str:

@@ -23,6 +23,7 @@ def demo(*arguments: object) -> int:
         (["--task", "driving:backwards"], "unknown kind of driving 'backwards'"),
         (["--recipe", "driv"], "no recipe 'driv'; choices: drive, driving"),
         (["training.stepz=3"], "training.stepz: unknown key"),
+        (["--drives", "9999992"], "10000000 drives take about 1600000.0 GB with dataset and pictures"),
     ],
 )
 def test_bad_names_come_first(
