@@ -17,7 +17,8 @@ from vla_ros.up import PROGRAM, run_graph
 SLOW_NODE = """
     import pathlib, time
     pathlib.Path(__file__).with_suffix(".importing").touch()
-    time.sleep(60)  # what rclpy and torch take, only longer
+    for _ in range(6000):  # what rclpy and torch take, only longer
+        time.sleep(0.01)  # a signal that comes just before a sleep is taken after it
 """
 
 
