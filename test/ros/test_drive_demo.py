@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from vla_core.cli import main
 from vla_core.evaluation.ablations import Condition, load_ablations
 from vla_ros.cli import _node_commands
-from vla_ros.drive_demo import CONDITIONS, _words
+from vla_ros.drive_demo import CONDITIONS, DRIVE_BYTES, DriveDemoError, _require_space, _words
 
 
 def demo(*arguments: object) -> int:
@@ -39,6 +40,19 @@ def test_a_folder_of_somebody_else_is_left_alone(tmp_path: Path, capsys: pytest.
     assert demo("--out", tmp_path) == 1
     assert "holds something else than an earlier demo" in capsys.readouterr().err
     assert (tmp_path / "thesis.txt").read_text() == "all of it"
+
+
+def test_the_disk_must_hold_it_and_an_earlier_demo_counts_as_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "dataset").write_bytes(bytes(1000))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=2 * DRIVE_BYTES - 1000))
+    _require_space(tmp_path / "old", 2)
+    with pytest.raises(
+        DriveDemoError, match=r"2 drives take about 0\.3 GB .*, 0\.3 GB are free; .* --drives"
+    ):
+        _require_space(tmp_path / "new" / "demo", 2)
 
 
 def test_what_is_taken_away_is_known_and_told() -> None:

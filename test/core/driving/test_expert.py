@@ -146,6 +146,19 @@ def test_it_stands_at_red_and_goes_at_green() -> None:
     assert Expert(told).plan(over, (), red + 1)[-1, 3] > 2.5
 
 
+def test_it_stands_well_before_the_line() -> None:
+    """A policy that copies it rolls on by up to a metre and a half; see docs/results/drive.md."""
+    told = scenario("red_light", SEED)
+    light = told.town.lights[told.town.lanes[told.route.lanes[0]].light]  # type: ignore[index]
+    stop = float(Line(told.route.path[:, :3]).project(np.array([light.stop[:2]]))[0][0])
+    red = next(t for t in np.arange(0, 60, 0.1) if light.colour(t) == "red") + 1
+    gap, speed = 18.0, 6.5
+    for _ in range(20):  # its own plan for half a second, again and again
+        row = Expert(told).plan(ego_at(told, stop - FRONT_M - gap, speed), (), red)[1]
+        gap, speed = gap - row[0], row[3]
+    assert speed < 0.05 and 1.7 < gap < 2.3
+
+
 @pytest.mark.parametrize("share", [0.7, 1.4])
 def test_yellow_stops_whoever_still_can(share: float) -> None:
     """With 6 m/s, braking by 4 m/s2 takes 4.5 m; nearer than that it goes on."""
