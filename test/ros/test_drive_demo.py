@@ -49,9 +49,7 @@ def test_the_disk_must_hold_it_and_an_earlier_demo_counts_as_free(
     (tmp_path / "old" / "dataset").write_bytes(bytes(1000))
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=2 * DRIVE_BYTES - 1000))
     _require_space(tmp_path / "old", 2)
-    with pytest.raises(
-        DriveDemoError, match=r"2 drives take about 0\.3 GB .*, 0\.3 GB are free; .* --drives"
-    ):
+    with pytest.raises(DriveDemoError, match=r"2 drives take about 0\.3 GB .*, 0\.3 GB are free; .* --drives"):
         _require_space(tmp_path / "new" / "demo", 2)
 
 
