@@ -37,8 +37,9 @@ ROS_FROM   := wheels
 EXTRAS     := ros,sim,train,serve,export,dev
 endif
 
-# Simulator, policy and recorder share the cores: waiting threads must sleep, not spin.
+# Simulator, policy and recorder share the cores: waiting threads must sleep, after a spin of microseconds.
 export OMP_WAIT_POLICY := passive
+export GOMP_SPINCOUNT  := 10000
 export MUJOCO_GL ?= osmesa
 
 DEMO_OPTIONS := $(if $(TASK),--task $(TASK)) $(if $(CAMERA),--camera $(CAMERA)) \
@@ -56,7 +57,7 @@ help:
 	@echo 'make demo    record, train, run live and replay; the report is out/demo/report.html'
 	@echo '             options: TASK=reach-v3 CAMERA=corner2 EPISODES=50 RECIPE=mini_vla SEED=0'
 	@echo 'make demo-drive   the same with a car in a town, from cameras, LiDAR, radars, IMU and words to trajectories;'
-	@echo '             the report is out/demo-drive/report.html; options: DRIVES=64 ROUTES=36 STEPS=800 ABLATE=9 SEED=0'
+	@echo '             the report is out/demo-drive/report.html; options: DRIVES=128 ROUTES=36 STEPS=1250 ABLATE=9 SEED=0'
 	@echo 'make test    ruff, mypy and every test'
 	@echo 'make bench   measure and compare with peers, at most 10 minutes a suite; tables, and out/bench/<suite>.json'
 	@echo '             options: SUITE=robot ONLY=latency LONG=1'

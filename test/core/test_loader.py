@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 
 import numpy as np
@@ -110,6 +111,27 @@ def test_an_error_in_the_thread_comes_to_the_loop_and_ends_the_thread() -> None:
 def test_a_stream_that_is_closed_leaves_no_thread() -> None:
     first(Loader(batches(dataset((20,))), batch_size=4, seed=0), 3)
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("loader")]
+
+
+def test_making_batches_leaves_the_other_cores_to_the_model() -> None:
+    """Measured as what torch would split an operation into, there and here."""
+    seen: list[int] = []
+
+    class Watched(Batches):
+        def draw(self, index: np.ndarray, floats: bool = True) -> Batch:
+            seen.append(torch.get_num_threads())
+            return super().draw(index, floats)
+
+    good = batches(dataset((20,)))
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        first(Loader(Watched(good.dataset, 4, good.normalizer, good.tokenizer), batch_size=4, seed=0), 3)
+        assert set(seen) == {1} and torch.get_num_threads() == 3
+        with ThreadPoolExecutor(1) as others:
+            assert others.submit(torch.get_num_threads).result() == 3
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize(("options", "message"), [

@@ -1,16 +1,18 @@
-"""Which parameters are trained how fast: groups by name, AdamW, and rates that are functions of the step alone."""
+"""Which parameters are trained how fast: groups by name, the optimizer, rates that are functions of the step alone."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import nn
 
 from vla_core.config import ConfigError
 from vla_core.errors import choices
+from vla_core.training.muon import Muon, hidden_matrices
 from vla_core.training.options import ParameterGroup, Training
 
 REST = "rest"  # parameters that no pattern names
@@ -53,19 +55,20 @@ def parameter_groups(model: nn.Module, options: Training) -> list[Group]:
     return groups
 
 
-def adamw(groups: list[Group], options: Training) -> torch.optim.AdamW:
-    """AdamW over ``groups``; biases and norms are not decayed unless ``decay_all`` says so."""
-    parts = []
+def build_optimizer(model: nn.Module, groups: list[Group], options: Training) -> torch.optim.Optimizer:
+    """``options.optimizer`` over ``groups`` of ``model``; biases and norms are not decayed unless ``decay_all``."""
+    matrices = hidden_matrices(model) if options.optimizer == "muon" else set()
+    parts: dict[tuple[str, float, bool], dict[str, Any]] = {}
     for group in groups:
-        decayed = {name for name, p in group.parameters.items() if options.decay_all or p.ndim > 1}
-        for decay, members in (
-            (group.weight_decay, [p for name, p in group.parameters.items() if name in decayed]),
-            (0.0, [p for name, p in group.parameters.items() if name not in decayed]),
-        ):
-            if members:
-                parts.append({"params": members, "name": group.name, "highest": group.learning_rate,
-                              "lr": group.learning_rate, "weight_decay": decay})  # fmt: skip
-    return torch.optim.AdamW(parts, fused=True)
+        for name, p in group.parameters.items():
+            decay = group.weight_decay if options.decay_all or p.ndim > 1 else 0.0
+            part = parts.setdefault((group.name, decay, name in matrices), {
+                "params": [], "name": group.name, "highest": group.learning_rate, "lr": group.learning_rate,
+                "weight_decay": decay, "matrices": name in matrices,
+            })  # fmt: skip
+            part["params"].append(p)
+    found = list(parts.values())
+    return Muon(found) if options.optimizer == "muon" else torch.optim.AdamW(found, fused=True)
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, options: Training, step: int) -> dict[str, float]:

@@ -69,6 +69,8 @@ class Training:
     """The optimization, and what is measured and kept on the way.
 
     Optimization
+        ``optimizer``               muon: for the matrices of linear layers and convolutions, AdamW for all else. It
+                                    learns more from a step, and takes longer for it where matrices are large
         ``batch_size``              samples of one update, over all processes and ``accumulate`` backward passes
         ``schedule``                of the learning rate after ``warmup_steps``: down to ``min_ratio`` of it
         ``decay_all``               weight decay on biases and norms too
@@ -98,6 +100,7 @@ class Training:
     steps: int = 3000
     batch_size: int = 64
     accumulate: int = 1
+    optimizer: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = 1e-3
     weight_decay: float = 1e-4
     decay_all: bool = False
@@ -145,6 +148,8 @@ class Training:
                               f"{self.accumulate}")  # fmt: skip
         if self.precision == "fp16" and self.distributed == "fsdp":
             raise ConfigError("precision: fp16 cannot be scaled over shards; choices with fsdp: bf16, fp32")
+        if self.optimizer == "muon" and self.distributed == "fsdp":
+            raise ConfigError("optimizer: muon needs whole matrices; choices with fsdp: adamw")
         if self.image_shift and self.augment.images.shift:
             raise ConfigError("image_shift: is short for augment.images.shift; give one of them")
         if self.state_noise and self.augment.state_noise:

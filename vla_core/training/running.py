@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import random
 import resource
 import signal
@@ -14,6 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
 class Figures:
@@ -80,6 +83,17 @@ def interruptible(wanted: bool) -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def keep_memory(device: torch.device) -> None:
+    """Let the C library keep what a CPU's tensors free, from now on: fresh pages for each are a tenth of a step.
+
+    Of glibc; others are left alone. What it has then is found again by the process, not by others.
+    """
+    library = ctypes.CDLL(None)
+    if device.type == "cpu" and hasattr(library, "gnu_get_libc_version"):
+        library.mallopt(M_MMAP_MAX, 0)
+        library.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def step_seed(seed: int, step: int) -> int:

@@ -33,7 +33,6 @@ from vla_core.training.optimizer import Group
 
 FORMAT = "vla_ros_training_v1"
 PREFIX = "step_"
-MOMENTS = ("exp_avg", "exp_avg_sq")
 # What may change when a run goes on: it decides neither data nor mathematics, or nothing but rounding.
 FREE = (
     "camera", "execution", "data.cache", "data.prefetch", "training.device", "training.distributed",
@@ -84,12 +83,12 @@ class Saved:
     def load_optimizer(self, optimizer: torch.optim.Optimizer, groups: Sequence[Group]) -> None:
         """Give every parameter the moments and the number of updates that it had."""
         found = load_file(self.path / "training" / "optimizer.safetensors")
-        for group in groups:
-            for name, parameter in group.parameters.items():
-                if f"step:{name}" in found:
-                    moments = {key: as_placed(found[f"{key}:{name}"], parameter) for key in MOMENTS}
-                    step = found[f"step:{name}"].to(parameter.device)
-                    optimizer.state[parameter] = {"step": step, **moments}
+        parameters = {name: parameter for group in groups for name, parameter in group.parameters.items()}
+        for key, value in found.items():
+            moment, name = key.split(":", 1)
+            parameter = parameters[name]
+            placed = value.to(parameter.device) if moment == "step" else as_placed(value, parameter)
+            optimizer.state[parameter][moment] = placed
 
 
 class RunFolder:

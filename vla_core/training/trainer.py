@@ -42,9 +42,9 @@ from vla_core.training.measure import (
     noise,
     open_loop_error,
 )
-from vla_core.training.optimizer import adamw, parameter_groups, set_learning_rates
+from vla_core.training.optimizer import build_optimizer, parameter_groups, set_learning_rates
 from vla_core.training.recipe import Recipe
-from vla_core.training.running import Clock, Figures, interruptible, peak_mb, seed_everything, step_seed
+from vla_core.training.running import Clock, Figures, interruptible, keep_memory, peak_mb, seed_everything, step_seed
 from vla_core.training.sources import build_sources
 from vla_core.training.state import RunFolder, RunState, Saved, check_same, optimizer_tensors
 
@@ -162,7 +162,7 @@ class _Run:
         self.groups = parameter_groups(self.model, options)
         self.trained = {name: p for group in self.groups for name, p in group.parameters.items()}
         self.frozen = FreezeSchedule(self.groups)
-        self.optimizer = adamw(self.groups, options)
+        self.optimizer = build_optimizer(self.model, self.groups, options)
         self.scaler = torch.amp.GradScaler(processes.device.type, enabled=options.precision == "fp16")
         self.average = None if options.ema_decay is None else Average(self.trained, options.ema_decay)
         self.watch = LossWatch(options.explosion)
@@ -186,6 +186,7 @@ class _Run:
         delay = 0 if processes.device.type == "cpu" else 1  # an accelerator works on while its figures are on their way
         waiting: deque[_Update] = deque()
         self.clock = Clock(self.done, self.seconds)
+        keep_memory(processes.device)
         with self._logging(log_dir), interruptible(self.folder is not None) as asked, _stream(loader) as batches:
             for step in range(self.done, options.steps):
                 waiting.append(self._update(step, batches, asked))

@@ -24,7 +24,7 @@ from vla_core.model.world_model import WorldModel, build_world_model
 from vla_core.training.callbacks import TensorBoardLog
 from vla_core.training.distributed import check_device
 from vla_core.training.faults import LossWatch, TrainingError
-from vla_core.training.optimizer import adamw, parameter_groups, set_learning_rates
+from vla_core.training.optimizer import build_optimizer, parameter_groups, set_learning_rates
 from vla_core.training.running import Clock, interruptible, peak_mb, seed_everything, step_seed
 from vla_core.training.state import RunFolder, RunState, Saved, check_same, optimizer_tensors
 from vla_core.training.success import classified, train_classifier
@@ -100,7 +100,7 @@ class _Run:
             build_world_model(self.config.model) if saved is None else WorldCheckpoint.load(saved.path).model
         ).to(self.device).train()  # fmt: skip
         self.groups = parameter_groups(self.model, options.optimizer)
-        self.optimizer = adamw(self.groups, options.optimizer)
+        self.optimizer = build_optimizer(self.model, self.groups, options.optimizer)
         self.watch = LossWatch(options.explosion)
         self.done, self.loss, self.seconds = 0, math.nan, 0.0
         self.validation_loss: float | None = None

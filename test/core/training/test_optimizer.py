@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from vla_core.config import ConfigError, from_dict
-from vla_core.training.optimizer import adamw, parameter_groups, rate_share, set_learning_rates
+from vla_core.training.optimizer import build_optimizer, parameter_groups, rate_share, set_learning_rates
 from vla_core.training.options import ParameterGroup, Training
 from vla_core.training.trainer import Result, train
 
@@ -47,14 +47,14 @@ def test_every_trained_parameter_is_in_one_group_with_its_rate_and_decay() -> No
     names = {id(p): name for name, p in model.named_parameters()}
     found = {
         names[id(p)]: (part["highest"], part["weight_decay"])
-        for part in adamw(groups, wanted).param_groups for p in part["params"]
+        for part in build_optimizer(model, groups, wanted).param_groups for p in part["params"]
     }  # fmt: skip
     assert found == {
         "vision.0.weight": (1e-5, 0.5), "vision.0.bias": (1e-5, 0.0),
         "vision.1.weight": (1e-3, 0.0), "vision.1.bias": (1e-3, 0.0),
         "head.weight": (1e-3, 0.1), "head.bias": (1e-3, 0.0), "scale": (1e-3, 0.1),
     }  # fmt: skip
-    everywhere = adamw(groups, options(decay_all=True)).param_groups
+    everywhere = build_optimizer(model, groups, options(decay_all=True)).param_groups
     assert {part["weight_decay"] for part in everywhere} == {0.5, 0.1}
 
 
@@ -109,9 +109,11 @@ def test_rates_stay_between_their_bounds_and_are_torchs(
     assert math.isclose(share, peer._get_closed_form_lr()[0], rel_tol=1e-6, abs_tol=1e-8)
 
 
-def test_every_group_follows_the_same_course() -> None:
-    chosen = options({"pattern": "vision.*", "learning_rate": 1e-2}, steps=10, warmup_steps=0)
-    optimizer = adamw(parameter_groups(Toy(), chosen), chosen)
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_every_group_follows_the_same_course(kind: str) -> None:
+    chosen = options({"pattern": "vision.*", "learning_rate": 1e-2}, steps=10, warmup_steps=0, optimizer=kind)
+    model = Toy()
+    optimizer = build_optimizer(model, parameter_groups(model, chosen), chosen)
     for step in range(10):
         rates = set_learning_rates(optimizer, chosen, step)
         assert rates["vision.*"] == pytest.approx(10 * rates["rest"])
