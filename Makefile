@@ -57,7 +57,7 @@ help:
 	@echo 'make demo    record, train, run live and replay; the report is out/demo/report.html'
 	@echo '             options: TASK=reach-v3 CAMERA=corner2 EPISODES=50 RECIPE=mini_vla SEED=0'
 	@echo 'make demo-drive   the same with a car in a town, from cameras, LiDAR, radars, IMU and words to trajectories;'
-	@echo '             the report is out/demo-drive/report.html; options: DRIVES=128 ROUTES=36 STEPS=1250 ABLATE=9 SEED=0'
+	@echo '             the report is out/demo-drive/report.html; options: DRIVES=120 ROUTES=36 STEPS=1150 ABLATE=9 SEED=0'
 	@echo 'make test    ruff, mypy and every test'
 	@echo 'make bench   measure and compare with peers, at most 10 minutes a suite; tables, and out/bench/<suite>.json'
 	@echo '             options: SUITE=robot ONLY=latency LONG=1'

@@ -14,9 +14,9 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     """Add `demo-drive` to the `vla` command line."""
     parser = commands.add_parser("demo-drive", help="record, train, drive live, replay and report: a car in a town")
     parser.add_argument("--task", default="driving:mixed", help="which routes, such as driving:turn_left")
-    parser.add_argument("--drives", type=positive, default=128, help="expert's drives to record for training")
+    parser.add_argument("--drives", type=positive, default=120, help="expert's drives to record for training")
     parser.add_argument(
-        "--over-ros", type=not_negative, default=16,
+        "--over-ros", type=not_negative, default=8,
         help="of them by ROS graphs; the others in process, which gives the same bags in half the time",
     )  # fmt: skip
     parser.add_argument("--held-out", type=positive, default=8, help="further ones, for held-out loss and open loop")
@@ -32,7 +32,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser.add_argument("--videos", type=not_negative, default=6, help="drives to show from above")
     parser.add_argument("--ablate", type=not_negative, default=9, help="routes for each thing taken away; 0: none")
     parser.add_argument(
-        "--minutes", type=positive, default=17, help="of the whole run, after which nothing more is taken away"
+        "--minutes", type=positive, default=18, help="of the whole run, after which nothing more is taken away"
     )
     parser.add_argument("--out", type=Path, default=Path("out/demo-drive"), help="its earlier content is removed")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys, such as training.batch_size=16")
