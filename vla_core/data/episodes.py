@@ -34,7 +34,10 @@ EPISODE_TOPIC = "episode"
 EPISODE_TYPE = "vla_ros/msg/Episode"
 MAX_GAP_NS = 2 * NANOSECONDS
 EPISODE_STATES = {0: "started", 1: "succeeded", 2: "failed", 3: "aborted"}
-REORDER_NS = 2 * NANOSECONDS  # how long after its receipt a message may be overtaken by one with an older stamp
+# How long after its receipt a message may be overtaken by one with an older stamp. A recorder that has to share its core
+# falls behind by little of its own time, which may be seconds of a simulation that is faster than real time.
+REORDER_NS = 10 * NANOSECONDS
+AHEAD_NS = 2 * NANOSECONDS  # that a stamp of a topic which is no sensor's may lie in the future of its receipt
 REORDER_BYTES = 256 * 1024 * 1024
 
 
@@ -54,7 +57,7 @@ class StampOrder:
     A message waits until ``window_ns`` of receipt have passed after it, or until ``max_bytes`` wait. What comes later
     than that after messages with newer stamps is ``late``: it is given out as it comes, and counted by topic. What is
     stamped further ahead of its receipt than a robot would believe is left out and counted as ``future``: 250 ms for
-    ``observed`` topics, ``window_ns`` for others, whose stamps may say when something is to happen.
+    ``observed`` topics, 2 s for others, whose stamps may say when something is to happen.
     """
 
     def __init__(
@@ -80,7 +83,7 @@ class StampOrder:
         for place, message in enumerate(self._messages):
             stamp_ns = message.stamp_ns
             receive_ns = stamp_ns if message.receive_ns is None else message.receive_ns
-            limit_ns = FUTURE_NS if message.topic in self._observed else self._window_ns
+            limit_ns = FUTURE_NS if message.topic in self._observed else AHEAD_NS
             if receive_ns and stamp_ns > receive_ns + limit_ns:
                 self.future[message.topic] += 1
                 continue
