@@ -34,8 +34,8 @@ EPISODE_TOPIC = "episode"
 EPISODE_TYPE = "vla_ros/msg/Episode"
 MAX_GAP_NS = 2 * NANOSECONDS
 EPISODE_STATES = {0: "started", 1: "succeeded", 2: "failed", 3: "aborted"}
-# How long after its receipt a message may be overtaken by one with an older stamp. A recorder that has to share its core
-# falls behind by little of its own time, which may be seconds of a simulation that is faster than real time.
+# How long after its receipt a message may be overtaken by one with an older stamp. A recorder that has to share its
+# core falls behind by little of its own time, which may be seconds of a simulation that is faster than real time.
 REORDER_NS = 10 * NANOSECONDS
 AHEAD_NS = 2 * NANOSECONDS  # that a stamp of a topic which is no sensor's may lie in the future of its receipt
 REORDER_BYTES = 256 * 1024 * 1024
