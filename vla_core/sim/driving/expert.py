@@ -38,7 +38,7 @@ FRONT_M = LENGTH_M - REAR_OVERHANG_M
 
 ACCELERATION, EASY, COMFORTABLE, HARDEST = 2.0, 2.0, 3.0, 6.0  # m/s2: up; planned, usual and last braking
 REACTION_S = 0.35  # in which a wanted speed is taken up
-HEADWAY_S, STANDSTILL_M = 1.0, 3.0  # behind a vehicle
+HEADWAY_S, STANDSTILL_M = 1.3, 4.0  # behind a vehicle; more than imitation is off by
 BESIDE_M, TOUCH_M = 0.3, 0.15  # to what stands beside the way, and beside the vehicle off its way
 LINE_M, WALKER_M = 2.0, 2.5  # before a stop line and a pedestrian; more than imitation is off by
 YELLOW_MPS2 = 4.0  # braking that a yellow light is worth
@@ -47,8 +47,9 @@ LATERAL_MPS2 = 2.5
 WALK_S = np.arange(0.0, 4.1, 0.4)  # where a walking pedestrian will be looked for
 CROSS_S = np.arange(0.0, 3.1, 0.5)  # and a crossing vehicle
 
-PASSING_MPS, PASSING_M, RAMP_M = 5.5, 0.9, 16.0  # past a bus: speed, room beside it, way to move over
-TURNING_IN_M = 5.5  # the vehicle is over so far before the bus, as its rear axle goes
+# Past a bus: speed, room beside it, more than imitation is off by; way to move over.
+PASSING_MPS, PASSING_M, RAMP_M = 5.5, 1.3, 16.0
+TURNING_IN_M = 7.5  # the vehicle is over so far before the bus, as its rear axle goes
 
 
 @dataclass(frozen=True)
