@@ -32,7 +32,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser.add_argument("--videos", type=not_negative, default=6, help="drives to show from above")
     parser.add_argument("--ablate", type=not_negative, default=9, help="routes for each thing taken away; 0: none")
     parser.add_argument(
-        "--minutes", type=positive, default=18, help="of the whole run, after which nothing more is taken away"
+        "--minutes", type=positive, default=19, help="of the whole run, after which nothing more is taken away"
     )
     parser.add_argument("--out", type=Path, default=Path("out/demo-drive"), help="its earlier content is removed")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys, such as training.batch_size=16")
