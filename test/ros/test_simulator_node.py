@@ -83,6 +83,9 @@ def test_any_world_runs_in_lockstep(ros: Ros, domain: int, tmp_path: Path, task:
         if topic == first.topic:
             stamp_ns = header_stamp_ns(first.type, data)
             assert stamp_ns is not None
+            deadline = time.monotonic() + DEADLINE_S
+            while not publisher.get_subscription_count() and time.monotonic() < deadline:
+                time.sleep(0.01)  # a command that is sent before its reader is known is lost
             publisher.publish(encode(action, stamp_ns, simulator.world.rest()[None, :], contract.step_ns))
 
     for stream in contract.observations.values():
